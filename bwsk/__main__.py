@@ -1,0 +1,5 @@
+"""`python -m bwsk` is the `bwsk` command."""
+
+from bwsk.cli import main
+
+main()

@@ -1,0 +1,26 @@
+"""The command line: the only part of bwsk that touches argv, and the seam that the workflow calls.
+
+`main` turns a `BwskError` into one line on standard error and exit status 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+# One module per group of commands; importing it registers its commands.
+GROUPS = ("data", "study", "publish", "models", "memory", "tools")
+
+
+def main() -> None:
+    """Run the `bwsk` command with `sys.argv`; exits the process."""
+    from bwsk.cli.app import app
+    from bwsk.errors import BwskError
+
+    for group in GROUPS:
+        import_module(f"bwsk.cli.{group}")
+    try:
+        app()
+    except BwskError as error:
+        print(f"bwsk: error: {error}", file=sys.stderr)
+        sys.exit(1)

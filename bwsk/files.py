@@ -1,0 +1,103 @@
+"""Reading and writing files so that a partial output never looks finished.
+
+Everything is written under a temporary name in the target's own directory, flushed to disk and renamed; JSON is strict
+(`NaN` and `Infinity` are errors, keys keep their order, one trailing newline).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bwsk.errors import BwskError
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of a value's canonical JSON (sorted keys, no blanks)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; BwskError naming the file if it is missing or is not one."""
+    try:
+        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise BwskError(f"{path}: no such file; run the step that makes it") from None
+    except OSError as error:
+        raise BwskError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise BwskError(f"{path}: not strict JSON ({' '.join(str(error).split())}); delete it and run again") from None
+    if not isinstance(value, dict):
+        raise BwskError(f"{path}: found a JSON {type(value).__name__}, must be an object")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict, indented JSON atomically; ValueError if a number in it is not finite."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text atomically."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that is renamed to it when the block ends without an exception."""
+    with atomic_directory(path.parent) as folder:
+        yield folder / path.name
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A temporary folder whose files are moved into `path` when the block ends without an exception.
+
+    Files of `path` that the block did not write stay. The files are flushed to disk before the first rename, so a
+    crash leaves either the old file or the new one under each name, never a part of one.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=path))
+    except OSError as error:
+        raise BwskError(f"{path}: cannot be written ({error.strerror}); name a writable directory") from None
+    try:
+        yield partial
+        written = sorted(file for file in partial.rglob("*") if file.is_file())
+        for file in written:
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        for file in written:
+            target = path / file.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.chmod(0o644 & ~_umask())
+            os.replace(file, target)
+    except OSError as error:
+        raise BwskError(f"{path}: writing failed ({error.strerror}); what was there is unchanged") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

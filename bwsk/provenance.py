@@ -1,0 +1,110 @@
+"""Which parameters, source files and inputs an artifact was made from, and with which versions.
+
+A step's *identity* is what decides its output: the parameters that it reads and the digest of the source files it
+runs. Snakemake reruns a step when its identity changes, each artifact stores the identity it was made with, and the
+steps that publish refuse an artifact whose identity is no longer the study's.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import platform
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bwsk.params import Params
+
+PACKAGE = Path(__file__).parent
+
+# Step -> the module that does it and the sections of params.yaml that it reads.
+# `train` is not here: its parameters depend on the variant (see `identity`).
+_STEPS = {
+    "corpus": ("corpus", ["corpus"]),
+    "tokenizer": ("tokenizer", ["tokenizer"]),
+    "tokens": ("tokens", ["tokens"]),
+    "base": ("base", ["base", "seed"]),
+    "classify": ("census", []),
+    "evaluate": ("evaluate", ["evaluate"]),
+    "results": ("results", ["study", "variants"]),
+    "card": ("card", ["study", "variants"]),
+    "check": ("check", ["study", "variants"]),
+}
+
+
+def identity(params: Params, step: str, variant: str | None = None) -> dict[str, Any]:
+    """`{"params": …, "source": sha256}` of a step; for `train`, only what this variant's training reads.
+
+    A change of `lr_scratch` therefore does not touch the fine-tuned variants, nor `budget` any but the reversible.
+    """
+    if step == "train":
+        assert variant is not None
+        init, mode = params.split_variant(variant)
+        train = params.train.model_dump()
+        train["lr"] = train[f"lr_{init}"]
+        unread = {"lr_finetune", "lr_scratch"} | (set() if mode == "bwsk-reversible" else {"budget"})
+        effective: dict[str, Any] = {
+            "init": init,
+            "mode": mode,
+            "seed": params.seed,
+            "train": {key: value for key, value in train.items() if key not in unread},
+            "evaluate": params.evaluate.model_dump(),
+        }
+        module = "train"
+    else:
+        module, sections = _STEPS[step]
+        dumped = params.model_dump()
+        effective = {section: dumped[section] for section in sections}
+    return {"params": effective, "source": source_digest(module)}
+
+
+@cache
+def source_digest(module: str) -> str:
+    """sha256 over the source files that `bwsk.<module>` is made of, itself and all it imports from bwsk."""
+    digest = hashlib.sha256()
+    for path in source_files(module):
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def source_files(module: str) -> list[Path]:
+    """The files of `bwsk.<module>` and, transitively, of every bwsk module that they import anywhere in their text."""
+    found: set[Path] = set()
+    waiting = [_file(module.split("."))]
+    while waiting:
+        path = waiting.pop()
+        if path is None or path in found:
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bwsk":
+                parts = node.module.split(".")[1:]
+                waiting.append(_file(parts))
+                waiting.extend(_file([*parts, alias.name]) for alias in node.names)
+            elif isinstance(node, ast.Import):
+                waiting.extend(
+                    _file(alias.name.split(".")[1:]) for alias in node.names if alias.name.startswith("bwsk.")
+                )
+    return sorted(found)
+
+
+def _file(parts: list[str]) -> Path | None:
+    """The file of a module below bwsk. The package's own `__init__` only forwards names and decides nothing."""
+    if not parts:
+        return None
+    path = PACKAGE.joinpath(*parts)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the libraries that decide numbers; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("bwsk", "torch", "transformers", "tokenizers", "safetensors", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
