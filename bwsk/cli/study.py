@@ -1,1 +1,82 @@
 """Commands that train and evaluate the variants of a study."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bwsk.cli.app import app
+from bwsk.cli.options import JsonFile, ParamsFile
+
+_PARAMS = Path("params.yaml")
+
+
+@app.command()
+def train(
+    variant: Annotated[str, typer.Argument(help="{finetune,scratch}-{conventional,bwsk-analyzed,bwsk-reversible}.")],
+    out: Annotated[Path, typer.Option(help="Folder of the trained variant.")],
+    params_file: ParamsFile = _PARAMS,
+    tokens: Annotated[Path, typer.Option(help="Folder written by `bwsk tokens`.")] = Path("build/tokens"),
+    tokenizer: Annotated[Path, typer.Option(help="Folder written by `bwsk tokenizer`.")] = Path("build/tokenizer"),
+    base: Annotated[Path, typer.Option(help="Folder written by `bwsk base`.")] = Path("build/base"),
+    census: Annotated[Path, typer.Option(help="Census of the model.")] = Path("build/analysis/census.json"),
+    checkpoints: Annotated[Path, typer.Option(help="Where to checkpoint and resume.")] = Path("build/checkpoints"),
+    curves: Annotated[Path | None, typer.Option(help="Also write train.csv and validation.csv here.")] = None,
+    gpus: Annotated[int, typer.Option(help="GPU slots of this job; 0 trains on the CPU.", min=0)] = 1,
+) -> None:
+    """Train one variant; run the same command again after an interruption and it continues."""
+    from bwsk.device import pick_device
+    from bwsk.params import load_params
+    from bwsk.train import Inputs, Interrupted, Run
+
+    params = load_params(params_file)
+    params.split_variant(variant)
+    inputs = Inputs(tokens=tokens, tokenizer=tokenizer, base=base, census=census)
+    run = Run(params, variant, inputs, checkpoints / variant, pick_device(gpus), say=_say)
+    try:
+        run.run()
+    except Interrupted as interrupted:
+        _say(str(interrupted))
+        sys.exit(128 + interrupted.signum)
+    results = run.finish(out, curves)
+    _say(
+        f"{variant}: validation perplexity {results['best_val_metric']:.4g} (step {results['best_step']}), "
+        f"test perplexity {results['test_metric']:.4g}, "
+        f"{results['total_steps']} steps in {results['wall_time_s']:.1f} s"
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model and its tokenizer.")],
+    text: Annotated[Path | None, typer.Option(help="Evaluate on this UTF-8 text file.")] = None,
+    json_file: JsonFile = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer of --text; the model's own if absent.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window (--text).", min=2)] = 512,
+    stride: Annotated[int, typer.Option(help="Distance of windows (--text).", min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(help="Windows of a batch (--text).", min=1)] = 32,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first windows (--text).", min=1)] = None,
+    params_file: Annotated[Path | None, typer.Option("--params", help="Evaluate a variant of this study.")] = None,
+    tokens: Annotated[Path, typer.Option(help="The study's tokens (--params).")] = Path("build/tokens"),
+    gpus: Annotated[int, typer.Option(help="GPU slots of this job; 0 evaluates on the CPU.", min=0)] = 1,
+) -> None:
+    """Perplexity of a saved model: on any text (--text), or on a study's validation and test split (--params)."""
+    from bwsk.errors import BwskError
+    from bwsk.evaluate import evaluate_text, evaluate_variant, report
+    from bwsk.params import EvaluateParams, load_params
+
+    if (text is None) == (params_file is None):
+        raise BwskError("evaluate: give either --text FILE or --params FILE")
+    if text is not None:
+        settings = EvaluateParams(batch_size=batch_size, max_windows=max_windows)
+        result = evaluate_text(model, text, tokenizer or model, window, stride, settings, gpus)
+    else:
+        result = evaluate_variant(load_params(params_file), model, tokens, gpus)
+    report(result, json_file)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

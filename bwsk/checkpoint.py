@@ -1,0 +1,149 @@
+"""Checkpoints of a training run: everything that decides its next bit, on disk so that no kill can damage it.
+
+A checkpoint is a folder `step-00000500/` with
+
+    model.safetensors      weights
+    best.safetensors       weights of the best validation so far (absent before the first)
+    optimizer.safetensors  optimizer state, tensor by tensor, named `<parameter index>.<key>`
+    random.safetensors     states of the random generators of the CPU and of every CUDA device
+    state.json             position, curves, gradient scaler; the sha256 of the files above and of itself
+
+It is written under a temporary name, flushed and renamed, so it is there whole or not at all; the last two are kept.
+Nothing in it is pickled. A damaged checkpoint is reported and the one before it is used. Checkpoints lie in a folder
+named by the run's identity (parameters, data, code, versions), so those of another run are never picked up: come back
+to its parameters, and it continues.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bwsk.errors import BwskError
+from bwsk.files import read_json, sha256_file, sha256_json, write_json
+
+KEEP = 2
+
+
+class Checkpoints:
+    """The checkpoints of one run, below `root`; `identity` is whatever must be equal for a resume to be exact."""
+
+    def __init__(self, root: Path, identity: dict[str, Any], warn: Callable[[str], None] = print) -> None:
+        self.identity = identity
+        self.folder = root / sha256_json(identity)[:16]
+        self.warn = warn
+
+    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+        """Write the checkpoint of `step`: `tensors` is file stem -> name -> tensor, `state` is strict JSON."""
+        target = self.folder / f"step-{step:08d}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
+            try:
+                for stem, named in tensors.items():
+                    save_file(
+                        {name: tensor.contiguous() for name, tensor in named.items()}, partial / f"{stem}.safetensors"
+                    )
+                hashes = {file.name: sha256_file(file) for file in sorted(partial.iterdir())}
+                content = {"identity": self.identity, "step": step, "files": hashes, "state": state}
+                write_json(partial / "state.json", {**content, "sha256": sha256_json(content)})
+                for file in partial.iterdir():
+                    _flush(file)
+                if target.exists():  # a damaged one of the same step, or one from before an exact replay
+                    shutil.rmtree(target)
+                os.rename(partial, target)
+                _flush(self.folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise BwskError(
+                f"{target}: the checkpoint could not be written ({reason}); earlier ones are intact"
+            ) from error
+        for old in self._steps()[KEEP:]:
+            shutil.rmtree(old)
+        return target
+
+    def load(self, device: torch.device) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+        """Tensors (on `device`, random states on the CPU) and state of the newest sound checkpoint; None if none is."""
+        for partial in self.folder.glob(".partial-*"):  # left by a kill while writing
+            shutil.rmtree(partial, ignore_errors=True)
+        for path in self._steps():
+            try:
+                return self._read(path, device)
+            except (BwskError, OSError, SafetensorError, KeyError, TypeError) as error:
+                reason = " ".join(str(error).split())
+                self.warn(f"checkpoint {path.name} is damaged and not used: {reason}")
+        return None
+
+    def discard(self) -> None:
+        """Remove this run's checkpoints: its results are complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+    def _read(self, path: Path, device: torch.device) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        stored = read_json(path / "state.json")
+        content = {key: value for key, value in stored.items() if key != "sha256"}
+        if sha256_json(content) != stored["sha256"]:
+            raise BwskError("state.json does not have the sha256 that it names")
+        if content["identity"] != self.identity:
+            raise BwskError("it belongs to other parameters, data or code")
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, sha256 in content["files"].items():
+            file = path / name
+            if not file.is_file() or sha256_file(file) != sha256:
+                raise BwskError(f"{name} is missing or does not have its sha256")
+            stem = file.stem
+            tensors[stem] = load_file(file, device="cpu" if stem in ("random", "best") else str(device))
+        return tensors, content["state"]
+
+
+def random_states() -> dict[str, Tensor]:
+    """States of torch's generators: the CPU's and each CUDA device's. Nothing else draws during training."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def restore_random_states(states: dict[str, Tensor]) -> None:
+    """Undo `random_states`."""
+    torch.set_rng_state(states["cpu"])
+    for name, state in states.items():
+        if name.startswith("cuda."):
+            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda.")))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's per-parameter tensors as `<parameter index>.<key>`."""
+    states = optimizer.state_dict()["state"]
+    return {f"{index}.{key}": value for index, state in states.items() for key, value in state.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
+    """Undo `optimizer_state`; learning rates and the like are the caller's."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in saved.items():
+        index, _, key = name.partition(".")
+        states.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system write a file, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

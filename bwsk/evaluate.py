@@ -1,0 +1,127 @@
+"""Evaluate a model as it lies on disk, loaded as a user would load it: a study's variant, or any model on any text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bwsk.device import check_precision, configure, device_name, pick_device
+from bwsk.errors import BwskError
+from bwsk.files import read_json, sha256_file, write_json
+from bwsk.model import load_model
+from bwsk.params import EvaluateParams, Params
+from bwsk.perplexity import Perplexity, evaluation_starts, perplexity
+from bwsk.progress import progress
+from bwsk.provenance import identity, versions
+from bwsk.tokenizer import load_tokenizer
+from bwsk.tokens import load_tokens, text_tokens
+
+# What training recorded and what the saved weights give may differ by rounding alone (batches, attention kernels).
+TOLERANCE = 1e-4
+
+
+def evaluate_variant(params: Params, variant: Path, tokens: Path, gpus: int) -> dict[str, Any]:
+    """Perplexities of a trained variant on validation and test, as `build/evaluation/<variant>.json` holds them.
+
+    BwskError if they are not what training recorded: the weights are then not those of the run.
+    """
+    trained = read_json(variant / "training_results.json")
+    device = pick_device(gpus)
+    check_precision("evaluate.precision", params.evaluate.precision, device)
+    configure(device, threads=params.train.threads, deterministic=params.train.deterministic, tf32=params.train.tf32)
+    model = load_model(variant.parent, variant.name).to(device)
+    sizes = read_json(tokens / "tokens.json")["splits"]
+    shape, splits = params.tokens, {}
+    for split in ("validation", "test"):
+        stream, n_bytes = load_tokens(tokens, split), sizes[split]["bytes"]
+        splits[split] = _measure(
+            model, stream, n_bytes, shape.window, shape.stride, params.evaluate, f"{split} {variant.name}"
+        )
+    recorded = {"validation": trained["best_val_metric"], "test": trained["test_metric"]}
+    for split, value in recorded.items():
+        found = splits[split].published_perplexity
+        if abs(found - value) > TOLERANCE * value:
+            raise BwskError(
+                f"{variant}: {split} perplexity of the saved weights is {found:.6g}, training recorded {value:.6g}; "
+                "train this variant again"
+            )
+    return {
+        "variant": variant.name,
+        "weights_sha256": sha256_file(variant / "model.safetensors"),
+        "splits": {split: asdict(result) for split, result in splits.items()},
+        "trained": recorded,
+        "provenance": {
+            "identity": identity(params, "evaluate"),
+            "device": device_name(device),
+            "versions": versions(),
+            "tokens_sha256": {split: sizes[split]["sha256"] for split in splits},
+        },
+    }
+
+
+def evaluate_text(
+    model_dir: Path, text: Path, tokenizer_dir: Path, window: int, stride: int, params: EvaluateParams, gpus: int
+) -> dict[str, Any]:
+    """Perplexities of any saved sequence-to-sequence model on a UTF-8 text file; the recipe is the study's."""
+    if window % 2 or stride > window:
+        raise BwskError(f"evaluate: found window {window}, stride {stride}; the window is even, the stride within it")
+    stream, n_bytes = text_tokens(text, load_tokenizer(tokenizer_dir))
+    if len(stream) <= window:
+        raise BwskError(f"{text}: has {len(stream)} tokens, a window needs more than {window}; set --window")
+    device = pick_device(gpus)
+    model = load_model(model_dir).to(device)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if int(stream.max()) >= vocabulary:
+        raise BwskError(
+            f"{tokenizer_dir}: gives token {int(stream.max())}, the model's vocabulary has {vocabulary}; "
+            "name the model's own tokenizer by --tokenizer"
+        )
+    result = _measure(model, stream, n_bytes, window, stride, params, text.name)
+    return {
+        "model": str(model_dir),
+        "text": str(text),
+        "weights_sha256": sha256_file(model_dir / "model.safetensors"),
+        "n_tokens": len(stream),
+        "n_bytes": n_bytes,
+        "window": window,
+        "stride": stride,
+        "splits": {"text": asdict(result)},
+        **asdict(result),
+        "provenance": {"device": device_name(device), "versions": versions()},
+    }
+
+
+def report(result: dict[str, Any], json_file: Path | None) -> None:
+    """Print a result as a table and, if a file is named, write it as strict JSON."""
+    table = Table("split", "published perplexity", "token perplexity", "bits per byte", "windows")
+    for split, figures in result["splits"].items():
+        table.add_row(
+            split,
+            f"{figures['published_perplexity']:.4f}",
+            f"{figures['token_perplexity']:.4f}",
+            f"{figures['bits_per_byte']:.4f}",
+            f"{figures['n_windows']:,}",
+        )
+    Console().print(table)
+    if json_file is not None:
+        write_json(json_file, result)
+
+
+def _measure(
+    model: torch.nn.Module,
+    stream: Any,
+    n_bytes: int,
+    window: int,
+    stride: int,
+    params: EvaluateParams,
+    description: str,
+) -> Perplexity:
+    published, plain = evaluation_starts(len(stream), window, stride, params.max_windows)
+    total = len(set(published.tolist()) | set(plain.tolist()))
+    with progress(total, description, unit="window") as bar:
+        return perplexity(model, stream, n_bytes, window=window, stride=stride, params=params, on_batch=bar.advance)

@@ -1,0 +1,400 @@
+"""Train one variant of a study: the published recipe, resumable to the bit.
+
+AdamW (decoupled weight decay on everything, fused kernel), linear warm-up then cosine (`schedule`), gradient clipping
+by global norm, autocast with float32 weights (float16 with a gradient scaler), validation by the published perplexity,
+early stopping, the best model kept. The modes differ by their mode alone:
+
+    conventional      as is
+    bwsk-analyzed     the same, plus the S/K census and the erasure measured at each validation
+    bwsk-reversible   the same gradients, bit for bit, with less memory (`reversible`)
+
+The hot loop does not wait for the device: losses and gradient norms stay there until a point of the loss curve is due.
+"""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bwsk.checkpoint import Checkpoints, optimizer_state, random_states, restore_optimizer, restore_random_states
+from bwsk.device import autocast, check_precision, configure, device_name
+from bwsk.erasure import ErasureMeter
+from bwsk.errors import BwskError
+from bwsk.files import atomic_directory, read_json, sha256_file, write_json
+from bwsk.model import initial_model, load_weights, save_variant, split_block, weights
+from bwsk.params import SPLITS, Params
+from bwsk.perplexity import evaluation_starts, published_perplexity
+from bwsk.progress import Bar, progress
+from bwsk.provenance import identity, versions
+from bwsk.reversible import make_reversible
+from bwsk.schedule import Schedule
+from bwsk.tokens import blocks, load_tokens
+
+MIB = 2**20
+
+
+@dataclass
+class State:
+    """What a run has done so far, as strict JSON; with the tensors of a checkpoint it is all there is to a run."""
+
+    step: int = 0
+    validated_step: int = 0
+    stopped_early: bool = False
+    stale_validations: int = 0
+    best_step: int | None = None
+    best_perplexity: float | None = None
+    pending_losses: list[float] = field(default_factory=list)
+    last_loss: float | None = None
+    train_loss_steps: list[int] = field(default_factory=list)
+    train_loss_curve: list[float] = field(default_factory=list)
+    val_steps: list[int] = field(default_factory=list)
+    val_perplexity_curve: list[float] = field(default_factory=list)
+    erasure_curve: list[dict[str, Any]] = field(default_factory=list)
+    nan_count: int = 0
+    skipped_steps: int = 0
+    step_times_s: list[float] = field(default_factory=list)
+    training_time_s: float = 0.0
+    validation_time_s: float = 0.0
+    peak_memory_mib: float | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Directories that a training run reads: tokens, tokenizer, base checkpoint; and the census of the model."""
+
+    tokens: Path
+    tokenizer: Path
+    base: Path
+    census: Path
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; a checkpoint has been written. `signum` is the signal."""
+
+    def __init__(self, signum: int, checkpoint: Path, step: int) -> None:
+        self.signum = signum
+        super().__init__(f"{signal.Signals(signum).name}: stopped after step {step}, resumes from {checkpoint}")
+
+
+class _Stopped(Exception):
+    """Leaves a validation when a signal has asked the run to stop."""
+
+
+class Run:
+    """One training run. `run()` trains to the end; `finish()` tests the best model and writes the variant."""
+
+    def __init__(
+        self,
+        params: Params,
+        variant: str,
+        inputs: Inputs,
+        checkpoints: Path,
+        device: torch.device,
+        say: Callable[[str], None],
+    ) -> None:
+        self.params, self.variant, self.inputs, self.device, self.say = params, variant, inputs, device, say
+        self.init, self.mode = params.split_variant(variant)
+        train = params.train
+        check_precision("train.precision", train.precision, device)
+        check_precision("evaluate.precision", params.evaluate.precision, device)
+        configure(device, threads=train.threads, deterministic=train.deterministic, tf32=train.tf32)
+
+        self.tokens = {split: load_tokens(inputs.tokens, split) for split in SPLITS}
+        self.blocks = blocks(self.tokens["train"], params.tokens.block)
+        self.schedule = Schedule(train, len(self.blocks))
+        self.provenance = self._provenance()
+
+        self.model = initial_model(self.init, inputs.base, params.seed)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        if (largest := max(int(self.tokens[split].max()) for split in SPLITS)) >= vocabulary:
+            raise BwskError(f"{inputs.tokens}: found token {largest}, the model's vocabulary has {vocabulary}")
+        self.model.to(device).train()
+        if self.mode == "bwsk-reversible":
+            make_reversible(self.model, budget=train.budget)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=self._lr(0),
+            betas=tuple(train.betas),
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
+        self.meter = ErasureMeter(self.model) if self.mode == "bwsk-analyzed" else None
+
+        self.state = State()
+        self.best: dict[str, Tensor] | None = None
+        # Device scalars of the steps since the last point of the loss curve; fetched together in `_collect`.
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.stop_signal: int | None = None
+        self.checkpoints = Checkpoints(checkpoints, self.provenance, warn=say)
+        self._resume()
+
+    def run(self) -> None:
+        """Train until the last step or an early stop. Raises `Interrupted` after a signal, checkpoint written."""
+        state, schedule = self.state, self.schedule
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with progress(schedule.total_steps, f"train {self.variant}", unit="step", start=state.step) as bar:
+                clock = time.perf_counter()
+                resumed_at = state.step
+                while True:
+                    if schedule.logs(state.step) and self.losses:
+                        clock = self._collect(clock)
+                        bar.advance(0, loss=state.train_loss_curve[-1], **{"tokens/s": self._tokens_per_s()})
+                    if schedule.validates(state.step) and state.validated_step != state.step:
+                        clock = self._collect(clock, point=False)
+                        with suppress(_Stopped):  # the checkpoint is then from before the validation
+                            self._validate(bar)
+                        clock = time.perf_counter()
+                    ended = state.step == schedule.total_steps or state.stopped_early
+                    if ended or (schedule.checkpoints(state.step) and state.step != resumed_at) or self.stop_signal:
+                        clock = self._collect(clock, point=ended)
+                        path = self._checkpoint()
+                        clock = time.perf_counter()
+                        if self.stop_signal:
+                            raise Interrupted(self.stop_signal, path, state.step)
+                    if ended:
+                        return
+                    self._step()
+                    bar.advance()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def finish(self, out: Path, curves: Path | None) -> dict[str, Any]:
+        """Test the best model, write the variant's folder and its curves, and drop the checkpoints."""
+        assert self.best is not None
+        load_weights(self.model, self.best)
+        with progress(self._n_windows("test"), f"test {self.variant}", unit="window") as bar:
+            test = self._perplexity("test", bar.advance)
+        with atomic_directory(out) as folder:
+            save_variant(self.model, self.inputs.tokenizer, folder)
+            results = self._results(test, sha256_file(folder / "model.safetensors"))
+            write_json(folder / "training_results.json", results)
+        if curves is not None:
+            state = self.state
+            with atomic_directory(curves) as folder:
+                _write_csv(folder / "train.csv", "loss", state.train_loss_steps, state.train_loss_curve)
+                _write_csv(folder / "validation.csv", "perplexity", state.val_steps, state.val_perplexity_curve)
+        self.checkpoints.discard()
+        return results
+
+    def _step(self) -> None:
+        train, state = self.params.train, self.state
+        batch = split_block(self.blocks[self.schedule.batch(state.step, self.params.seed)], self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(state.step)
+        with autocast(self.device, train.precision):
+            loss = self.model(**batch, use_cache=False).loss
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss.detach())
+        self.norms.append(norm.detach())
+        state.step += 1
+
+    def _collect(self, clock: float, point: bool = True) -> float:
+        """Fetch the losses of the steps since the last call; with `point`, close a point of the loss curve.
+
+        Returns the new start of the step clock. Stops the run if the loss can no longer recover.
+        """
+        state = self.state
+        if self.losses:
+            losses = torch.stack(self.losses).tolist()
+            norms = torch.stack(self.norms)
+            now = time.perf_counter()
+            state.training_time_s += now - clock
+            state.step_times_s.append((now - clock) / len(losses))
+            clock = now
+            self._check_finite(losses, norms)
+            state.pending_losses += losses
+            state.last_loss = losses[-1]
+            self.losses, self.norms = [], []
+        if point and state.pending_losses:
+            state.train_loss_steps.append(state.step)
+            state.train_loss_curve.append(statistics.fmean(state.pending_losses))
+            state.pending_losses = []
+        return clock
+
+    def _validate(self, bar: Bar) -> None:
+        state, started = self.state, time.perf_counter()
+        self._note_peak()
+        n_windows, seen = self._n_windows("validation"), 0
+
+        def on_batch(count: int) -> None:
+            nonlocal seen
+            seen += count
+            bar.advance(0, validation=f"{seen / n_windows:.0%}")
+            if self.stop_signal:
+                raise _Stopped
+
+        value = self._perplexity("validation", on_batch)
+        bar.advance(0, validation="done", perplexity=value)
+        state.val_steps.append(state.step)
+        state.val_perplexity_curve.append(value)
+        if state.best_perplexity is None or value < state.best_perplexity:
+            state.best_step, state.best_perplexity, state.stale_validations = state.step, value, 0
+            # On the host: on the device a second model would count as training memory.
+            self.best = {name: tensor.to("cpu", copy=True) for name, tensor in weights(self.model).items()}
+        else:
+            state.stale_validations += 1
+            state.stopped_early = state.stale_validations >= self.params.train.patience
+        if self.meter is not None:
+            batch = split_block(self.blocks[self.schedule.batch(state.step - 1, self.params.seed)], self.device)
+            with autocast(self.device, self.params.train.precision):
+                measured = self.meter.measure(batch)
+            state.erasure_curve.append({"step": state.step, **measured})
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        state.validated_step = state.step
+        state.validation_time_s += time.perf_counter() - started
+
+    def _perplexity(self, split: str, on_batch: Callable[[int], None]) -> float:
+        shape = self.params.tokens
+        return published_perplexity(
+            self.model,
+            self.tokens[split],
+            window=shape.window,
+            stride=shape.stride,
+            params=self.params.evaluate,
+            on_batch=on_batch,
+        )
+
+    def _n_windows(self, split: str) -> int:
+        shape = self.params.tokens
+        starts, _ = evaluation_starts(
+            len(self.tokens[split]), shape.window, shape.stride, self.params.evaluate.max_windows
+        )
+        return len(starts)
+
+    def _checkpoint(self) -> Path:
+        tensors = {
+            "model": weights(self.model),
+            "optimizer": optimizer_state(self.optimizer),
+            "random": random_states(),
+        }
+        if self.best is not None:
+            tensors["best"] = self.best
+        self._note_peak()
+        state = {"run": asdict(self.state), "scaler": self.scaler.state_dict()}
+        return self.checkpoints.save(self.state.step, tensors, state)
+
+    def _resume(self) -> None:
+        if (loaded := self.checkpoints.load(self.device)) is None:
+            return
+        tensors, state = loaded
+        load_weights(self.model, tensors["model"])
+        restore_optimizer(self.optimizer, tensors["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        restore_random_states(tensors["random"])
+        self.best = tensors.get("best")
+        self.state = State(**state["run"])
+        self.say(f"resuming after step {self.state.step} of {self.schedule.total_steps}")
+
+    def _check_finite(self, losses: list[float], norms: Tensor) -> None:
+        """Count non-finite losses and skipped steps; BwskError once no later step can be better."""
+        state = self.state
+        bad = int(np.count_nonzero(~np.isfinite(losses)))
+        state.nan_count += bad
+        if self.scaler.is_enabled():
+            # The scaler skips a step with a non-finite gradient and halves the scale, which cures an overflow of the
+            # backward pass. An overflow of the forward pass stays: every step of the interval was lost.
+            state.skipped_steps += int((~norms.isfinite()).sum())
+            hopeless = bad == len(losses) and len(losses) >= 10
+        else:
+            hopeless = bad > 0
+        if hopeless:
+            precision = self.params.train.precision
+            advice = (
+                "set train.precision to bfloat16 or float32" if precision == "float16" else "lower the learning rate"
+            )
+            raise BwskError(f"{self.variant}: the loss is not finite at step {state.step} ({precision}); {advice}")
+
+    def _note_peak(self) -> None:
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / MIB
+            self.state.peak_memory_mib = max(peak, self.state.peak_memory_mib or 0.0)
+
+    def _lr(self, step: int) -> float:
+        train = self.params.train
+        return (train.lr_finetune if self.init == "finetune" else train.lr_scratch) * self.schedule.lr_factor(step)
+
+    def _tokens_per_s(self) -> float:
+        return self.params.train.batch_size * self.params.tokens.block / self.state.step_times_s[-1]
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self.stop_signal:  # asked twice: now
+            raise KeyboardInterrupt
+        self.stop_signal = signum
+        self.say(f"{signal.Signals(signum).name}: writing a checkpoint, then stopping (again to stop at once)")
+
+    def _provenance(self) -> dict[str, Any]:
+        base = read_json(self.inputs.base / "base.json")
+        shas = {split: read_json(self.inputs.tokens / "tokens.json")["splits"][split]["sha256"] for split in SPLITS}
+        return {
+            "identity": identity(self.params, "train", self.variant),
+            "seed": self.params.seed,
+            "precision": self.params.train.precision,
+            "device": device_name(self.device),
+            "versions": versions(),
+            "tokens_sha256": shas,
+            "base_sha256": base["sha256"] if self.init == "finetune" else None,
+            "config_sha256": base["config_sha256"],
+        }
+
+    def _results(self, test: float, weights_sha256: str) -> dict[str, Any]:
+        state, census = self.state, read_json(self.inputs.census)
+        analyzed = self.mode == "bwsk-analyzed"
+        return {
+            "variant": self.variant,
+            "init": self.init,
+            "mode": self.mode,
+            "final_train_loss": state.last_loss,
+            "best_val_metric": state.best_perplexity,
+            "test_metric": test,
+            "epochs_completed": -(-state.step // self.schedule.steps_per_epoch),
+            "total_steps": state.step,
+            "planned_steps": self.schedule.total_steps,
+            "best_step": state.best_step,
+            "early_stopped": state.stopped_early,
+            "wall_time_s": state.training_time_s + state.validation_time_s,
+            "training_time_s": state.training_time_s,
+            "validation_time_s": state.validation_time_s,
+            "step_time_ms": 1000.0 * statistics.median(state.step_times_s),
+            "tokens_per_s": self.params.train.batch_size
+            * self.params.tokens.block
+            / statistics.median(state.step_times_s),
+            "peak_memory_mb": state.peak_memory_mib,
+            "predicted_peak_memory_mb": None,
+            "nan_count": state.nan_count,
+            "skipped_steps": state.skipped_steps,
+            "erasure_budget": census["k_ratio"] if analyzed else None,
+            "parallelism_ratio": census["s_ratio"] if analyzed else None,
+            "erasure_curve": state.erasure_curve if analyzed else None,
+            "val_steps": state.val_steps,
+            "val_perplexity_curve": state.val_perplexity_curve,
+            "train_loss_steps": state.train_loss_steps,
+            "train_loss_curve": state.train_loss_curve,
+            "provenance": {**self.provenance, "weights_sha256": weights_sha256},
+        }
+
+
+def _write_csv(path: Path, name: str, steps: list[int], values: list[float]) -> None:
+    rows = [f"{step},{value!r}" for step, value in zip(steps, values, strict=True)]
+    path.write_text("\n".join([f"step,{name}", *rows]) + "\n")
