@@ -78,5 +78,21 @@ def evaluate(
     report(result, json_file)
 
 
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="Write it to this file; else to standard output.")] = None,
+) -> None:
+    """The JSON schema of params.yaml, as the workflow checks it and editors complete from it."""
+    import json
+
+    from bwsk.files import write_json
+    from bwsk.params import json_schema
+
+    if out is None:
+        print(json.dumps(json_schema(), indent=2))
+    else:
+        write_json(out, json_schema())
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

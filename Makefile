@@ -1,0 +1,74 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+#
+#   make demo       run the embedded study (no network, no GPU, minutes) and show its results
+#   make test       lint and all quick tests
+#   make reproduce  run the published study through DVC (a GPU and the Hub, or local copies)
+#   make bench      measure, side by side
+#   make help       all targets
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+
+.PHONY: venv
+venv: $(STAMP) ## Make the virtual environment with the pinned versions
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: found $$($(PYTHON) --version), Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+.PHONY: demo
+demo: $(STAMP) ## Run the embedded study end to end and show its results
+	$(BIN)/snakemake --directory demo --cores all --resources gpu=0
+	$(BIN)/bwsk show demo
+
+.PHONY: test
+test: lint ## Lint and all quick tests
+	$(BIN)/python -m pytest -m "not slow"
+
+.PHONY: test-slow
+test-slow: $(STAMP) ## The tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+.PHONY: lint
+lint: $(STAMP) ## ruff, snakefmt, snakemake --lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow/rules
+	$(BIN)/snakemake --lint
+
+.PHONY: format
+format: $(STAMP) ## Format Python and Snakemake files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow/rules
+
+.PHONY: reproduce
+reproduce: $(STAMP) ## The published study through DVC, after a look at the machine
+	$(BIN)/bwsk doctor
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro
+
+.PHONY: schema
+schema: $(STAMP) ## Generate the schema of params.yaml from bwsk/params.py
+	$(BIN)/bwsk schema --out workflow/schemas/params.schema.json
+
+.PHONY: lock
+lock: ## Pin the newest versions that pyproject.toml admits, in a new environment
+	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet -e '.[study,dev]'
+	{ sed -n '/^#/p' requirements.lock; $(VENV)-lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements.new
+	mv requirements.new requirements.lock && rm -rf $(VENV)-lock
+
+.PHONY: clean
+clean: ## Remove what the demo made
+	rm -rf demo/build demo/results demo/.snakemake
