@@ -66,9 +66,7 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise BwskError(
-                f"{target}: the checkpoint could not be written ({reason}); earlier ones are intact"
-            ) from error
+            raise BwskError(f"{target}: cannot be written ({reason}); earlier checkpoints are intact") from error
         for old in self._steps()[KEEP:]:
             shutil.rmtree(old)
         return target
@@ -102,6 +100,8 @@ class Checkpoints:
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, sha256 in content["files"].items():
             file = path / name
+            if Path(name).name != name:
+                raise BwskError(f"it names a file outside of itself ({name})")
             if not file.is_file() or sha256_file(file) != sha256:
                 raise BwskError(f"{name} is missing or does not have its sha256")
             stem = file.stem
