@@ -81,13 +81,16 @@ def explain(error: Exception, revision: str) -> str:
 
 
 def quiet_unless_terminal() -> None:
-    """The Hub client's progress bars (and those of `datasets`) belong on a terminal; a log would get every redraw."""
+    """Bars of the Hub client, `datasets` and `transformers` belong on a terminal; a log would get every redraw."""
     from huggingface_hub.utils import disable_progress_bars
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-        if "datasets" in sys.modules:
-            sys.modules["datasets"].disable_progress_bars()
+    if sys.stderr.isatty():
+        return
+    disable_progress_bars()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

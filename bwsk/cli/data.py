@@ -1,1 +1,107 @@
-"""Commands: data."""
+"""Commands that make a study's data: corpus, tokenizer, tokens, base checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bwsk.cli.app import app
+from bwsk.cli.options import JsonFile, ParamsFile
+
+_PARAMS = Path("params.yaml")
+_CORPUS = Path("build/corpus")
+_TOKENIZER = Path("build/tokenizer")
+_TOKENS = Path("build/tokens")
+
+
+@app.command()
+def corpus(
+    out: Annotated[Path, typer.Option(help="Folder of the splits.")] = _CORPUS,
+    params_file: ParamsFile = _PARAMS,
+) -> None:
+    """Fetch or read the corpus of a study and store its three splits."""
+    from bwsk.corpus import make_corpus
+    from bwsk.params import load_params
+
+    info = make_corpus(load_params(params_file), out)
+    for split, entry in info["splits"].items():
+        typer.echo(f"corpus {info['name']}, {split}: {entry['rows']:,} rows, {entry['bytes']:,} bytes")
+
+
+@app.command()
+def tokenizer(
+    out: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = _TOKENIZER,
+    params_file: ParamsFile = _PARAMS,
+    corpus: Annotated[Path | None, typer.Option(help="Folder written by `bwsk corpus`; only to train one.")] = None,
+) -> None:
+    """Fetch, copy or train the tokenizer of a study."""
+    from bwsk.params import load_params
+    from bwsk.tokenizer import make_tokenizer
+
+    info = make_tokenizer(load_params(params_file), corpus, out)
+    typer.echo(f"tokenizer {info['name']}: {info['vocab_size']:,} ids")
+
+
+@app.command()
+def tokens(
+    out: Annotated[Path, typer.Option(help="Folder of the tokens (study).")] = _TOKENS,
+    params_file: ParamsFile = _PARAMS,
+    corpus: Annotated[Path, typer.Option(help="Folder written by `bwsk corpus` (study).")] = _CORPUS,
+    tokenizer: Annotated[Path, typer.Option(help="Folder of a tokenizer.")] = _TOKENIZER,
+    text: Annotated[Path | None, typer.Option(help="Only count the tokens of this UTF-8 text file.")] = None,
+    json_file: JsonFile = None,
+    block: Annotated[int, typer.Option(help="Tokens of a training block (--text).", min=1)] = 512,
+    window: Annotated[int, typer.Option(help="Tokens of an evaluation window (--text).", min=1)] = 512,
+    stride: Annotated[int, typer.Option(help="Distance of evaluation windows (--text).", min=1)] = 128,
+    separator: Annotated[str, typer.Option(help="Joins the lines (--text).", show_default=False)] = "\n\n",
+) -> None:
+    """Tokenise a study's splits into blocks and windows, or count those of any text file (--text)."""
+    from bwsk.files import write_json
+
+    if text is not None:
+        from bwsk.tokens import count_text
+
+        counts = count_text(text, tokenizer, separator, block, window, stride)
+        _table([(text.name, counts)])
+        if json_file is not None:
+            write_json(json_file, counts)
+        return
+    from bwsk.params import load_params
+    from bwsk.tokens import make_tokens
+
+    info = make_tokens(load_params(params_file), corpus, tokenizer, out)
+    _table(list(info["splits"].items()))
+    if json_file is not None:
+        write_json(json_file, info)
+
+
+@app.command()
+def base(
+    out: Annotated[Path, typer.Option(help="Folder of the base checkpoint.")] = Path("build/base"),
+    params_file: ParamsFile = _PARAMS,
+    tokenizer: Annotated[Path, typer.Option(help="Folder written by `bwsk tokenizer`.")] = _TOKENIZER,
+    tokens: Annotated[Path, typer.Option(help="Folder written by `bwsk tokens`.")] = _TOKENS,
+    device: Annotated[str, typer.Option(help="Where to pretrain: cpu or cuda.")] = "cpu",
+) -> None:
+    """Fetch, check or pretrain the base checkpoint of a study."""
+    from bwsk.base import make_base
+    from bwsk.params import load_params
+
+    info = make_base(load_params(params_file), tokenizer, tokens, out, device)
+    typer.echo(f"base {info['name']}: {info['parameters']:,} parameters, sha256 {info['sha256'][:12]}")
+
+
+def _table(rows: list[tuple[str, dict]]) -> None:
+    """A small table of counts per split or file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "rows", "bytes", "tokens", "blocks", "windows", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, entry in rows:
+        counts = (entry[key] for key in ("rows", "bytes", "n_tokens", "n_blocks", "n_windows"))
+        table.add_row(name, *(f"{count:,}" for count in counts))
+    Console(highlight=False).print(table)

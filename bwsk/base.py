@@ -1,0 +1,177 @@
+"""The base checkpoint: a pretrained T5 from the Hub or a local directory, or a small one pretrained here.
+
+Only `config.json`, `generation_config.json` and `model.safetensors` are ever read: no code and no pickles of a model
+repository. Weights are stored as float32, whatever they were.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bwsk import hub
+from bwsk.errors import BwskError
+from bwsk.files import atomic_directory, read_json, sha256_file, write_json
+from bwsk.params import DirectoryBase, HubBase, Params, PretrainedBase
+from bwsk.provenance import identity
+from bwsk.tokenizer import load_tokenizer, sentinel_ids, vocabulary_size
+from bwsk.tokens import load_tokens, require_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+INSTEAD = "set base.source: directory and base.path to a folder with config.json and model.safetensors"
+FILES = ["config.json", "generation_config.json", "model.safetensors"]
+# Keys of T5Config that describe the architecture; the rest follows from the tokenizer or is not a matter of choice.
+ARCHITECTURE = (
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_layers",
+    "num_decoder_layers",
+    "num_heads",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "dropout_rate",
+    "layer_norm_epsilon",
+    "initializer_factor",
+    "feed_forward_proj",
+)
+
+
+def make_base(params: Params, tokenizer: Path, tokens: Path, out: Path, device: str = "cpu") -> dict[str, Any]:
+    """Store the base model as a Hugging Face checkpoint in `out`, described in `out/base.json`, which is returned.
+
+    `tokenizer` and `tokens` are what those steps stored; pretraining runs on `device`. BwskError on a model that
+    cannot be had, read or trained, or that has fewer embeddings than the tokenizer has ids.
+    """
+    curve: list[tuple[int, float]] | None = None
+    match params.base:
+        case HubBase(id=name, revision=revision):
+            model = load_checkpoint(hub.fetch("base", name, revision, FILES, INSTEAD), f"base {name}")
+        case DirectoryBase(path=path):
+            model = load_checkpoint(Path(path), f"base.path: {path}")
+        case PretrainedBase():
+            model, curve = _pretrain(params, params.base, tokenizer, tokens, device)
+    require_vocabulary(read_json(tokens / "tokens.json"), model.config.vocab_size, params.base_name)
+    hub.quiet_unless_terminal()
+    with atomic_directory(out) as folder:
+        model.save_pretrained(folder)
+        info = {
+            "name": params.base_name,
+            "source": params.base.source,
+            "identity": identity(params, "base"),
+            "sha256": sha256_file(folder / "model.safetensors"),
+            "config_sha256": sha256_file(folder / "config.json"),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "pretraining": None if curve is None else {"steps": [s for s, _ in curve], "loss": [x for _, x in curve]},
+        }
+        write_json(folder / "base.json", info)
+    return info
+
+
+def load_checkpoint(path: Path, name: str) -> PreTrainedModel:
+    """A T5 in float32 on the CPU, in eval mode, from a local directory; BwskError `{name}: …` if it is not one.
+
+    Every weight of the architecture must be there in its shape, finite, and no other.
+    """
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    _check_files(path, name)
+    config_file = path / "config.json"
+    values = read_json(config_file)
+    if values.get("model_type") != "t5":
+        raise BwskError(
+            f"{config_file}: model_type is {values.get('model_type')!r}, must be 't5'; name a T5 checkpoint"
+        )
+    if "auto_map" in values:
+        raise BwskError(f"{config_file}: asks to run code of the repository (auto_map), which is never done; remove it")
+    try:
+        config = T5Config.from_dict(values)
+        model, report = T5ForConditionalGeneration.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
+            output_loading_info=True,
+        )
+    # Hostile or damaged files fail in whatever part of the loader they reach.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise BwskError(f"{name}: cannot be loaded as a T5 ({reason}); {INSTEAD}") from None
+    weights = path / "model.safetensors"
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        raise BwskError(f"{weights}: {key} has shape {list(found)}, config.json makes it {list(expected)}; {INSTEAD}")
+    for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has, but config.json does not know,")):
+        if keys := sorted(report[kind]):
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise BwskError(f"{weights}: {verb} {keys[0]}{more}; {INSTEAD}")
+    for key, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise BwskError(f"{weights}: {key} holds values that are not finite; {INSTEAD}")
+    if model.config.decoder_start_token_id is None:
+        raise BwskError(f"{config_file}: decoder_start_token_id is not set; set it (0 for T5)")
+    return model
+
+
+def _check_files(path: Path, name: str) -> None:
+    if not path.is_dir():
+        raise BwskError(f"{name}: is not a directory; name a folder with config.json and model.safetensors")
+    if not (path / "config.json").is_file():
+        raise BwskError(f"{name}: has no config.json; name a folder with config.json and model.safetensors")
+    weights = path / "model.safetensors"
+    if not weights.is_file():
+        others = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        why = f" ({others[0]} is a pickle, which can run code when read)" if others else ""
+        raise BwskError(f"{name}: has no model.safetensors{why}; save it with save_pretrained")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise BwskError(f"{weights}: not a complete safetensors file ({error}); copy or save it again") from None
+
+
+def _pretrain(
+    params: Params, base: PretrainedBase, tokenizer: Path, tokens: Path, device: str
+) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
+    import torch
+    from transformers import T5ForConditionalGeneration
+
+    from bwsk.pretrain import pretrain
+
+    loaded = load_tokenizer(tokenizer)
+    stream = load_tokens(tokens, "train")
+    require_vocabulary(read_json(tokens / "tokens.json"), vocabulary_size(loaded), "the tokenizer")
+    torch.set_num_threads(params.train.threads)
+    torch.manual_seed(params.seed)
+    model = T5ForConditionalGeneration(t5_config(base.architecture, loaded))
+    curve = pretrain(model, stream, base, sentinel_ids(loaded), params.seed, torch.device(device))
+    return model.cpu(), curve
+
+
+def t5_config(architecture: dict[str, Any], tokenizer: Any) -> Any:
+    """T5Config of an architecture with the tokenizer's vocabulary; BwskError on keys or values that T5 has not."""
+    from transformers import T5Config
+
+    for key, value in architecture.items():
+        if key not in ARCHITECTURE:
+            raise BwskError(f"base.architecture.{key}: unknown key, must be one of {', '.join(ARCHITECTURE)}")
+        if not isinstance(value, str) and value < (0 if key == "dropout_rate" else 1e-12):
+            raise BwskError(f"base.architecture.{key}: found {json.dumps(value)}, must be positive")
+    try:
+        return T5Config(
+            **architecture,
+            vocab_size=vocabulary_size(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            # T5 starts decoding with the padding token.
+            decoder_start_token_id=tokenizer.pad_token_id,
+        )
+    except Exception as error:
+        raise BwskError(f"base.architecture: not a T5 ({' '.join(str(error).split())[:300]})") from None
