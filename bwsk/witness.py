@@ -1,0 +1,151 @@
+"""Witnesses: executable evidence that an operation preserves or erases its input.
+
+A *specimen* is one concrete operation (a small real module, or one operator call) with evidence that a machine checks:
+
+- **inverse** (evidence for S): `invert(f, f(x), r) = x`, bit-exactly or within a stated bound, where the residue
+  `r = keep(f, x)` has no more than the declared size. Parameters of `f` are known; only `x` is to be got back.
+- **collision** (evidence for K): inputs `a != b` with `f(a) = f(b)`, bit for bit. The two must differ by at least
+  0.1 somewhere and stay below 32 in size, in double precision, so that erasure is told from mere rounding.
+  A specimen marked `saturates` shows a collision that float32 alone makes (a tanh at its plateau).
+
+Checks draw from their own generators and never touch the global random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Verdict(StrEnum):
+    """S preserves its input, K erases some of it, GRAY cannot be decided (context dependent, or unknown)."""
+
+    S = "S"
+    K = "K"
+    GRAY = "GRAY"
+
+
+class Residue(StrEnum):
+    """What must be kept beside the output to get the input back; from ROW on it is counted in elements."""
+
+    NOTHING = "nothing"
+    RNG = "an RNG state"
+    ROW = "scalars per row"
+    BIT = "one bit per element"
+    EVERYTHING = "everything"
+
+    @property
+    def vanishing(self) -> bool:
+        """Whether it does not grow with the elements of a row: the line between S and K."""
+        return self in (Residue.NOTHING, Residue.RNG, Residue.ROW)
+
+
+class WitnessError(AssertionError):
+    """A witness that does not show what it is there to show; the message says in which way."""
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One concrete operation and the evidence about it.
+
+    `make(generator)` builds the operation; `sample(generator)` an input, `pair(operation, generator)` two colliding
+    ones. `keep(operation, x)` is the residue and `invert(operation, y, residue)` the input again, with error at most
+    `bound` times the largest element (0: bit-exact). A K specimen with a residue smaller than everything needs both.
+    """
+
+    name: str
+    make: Callable[[torch.Generator], Any]
+    sample: Callable[[torch.Generator], Any] | None = None
+    invert: Callable[[Any, Any, Any], Any] | None = None
+    keep: Callable[[Any, Any], Any] | None = None
+    pair: Callable[[Any, torch.Generator], tuple[Any, Any]] | None = None
+    residue: Residue = Residue.NOTHING
+    bound: float = 0.0
+    saturates: bool = False
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the evidence is evidence for."""
+        return Verdict.S if self.pair is None else Verdict.K
+
+    @cache  # noqa: B019 - specimens are few, frozen and live as long as the process
+    def check(self, seed: int = 0) -> None:
+        """Run the evidence; raises `WitnessError` when it does not hold. What has held is not run twice."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            operation = self.make(generator)
+            if self.pair is not None:
+                self._check_collision(operation, *self.pair(operation, generator))
+            if self.pair is None or self.residue is not Residue.EVERYTHING:
+                self._check_inverse(operation, generator)
+
+    def _check_collision(self, operation: Any, a: Any, b: Any) -> None:
+        a, b = _tensors(a), _tensors(b)
+        gap = max(float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True))
+        size = max(float(x.double().abs().max()) for x in a + b)
+        if not self.saturates:
+            if gap < 0.1 or size > 32:
+                raise WitnessError(f"{self.name}: inputs {gap:g} apart and up to {size:g} in size prove rounding only")
+            if any(x.is_floating_point() and x.dtype != torch.float64 for x in a + b):
+                raise WitnessError(f"{self.name}: collides in less than double precision")
+        elif gap == 0:
+            raise WitnessError(f"{self.name}: the two inputs are the same")
+        left, right = run(operation, *a), run(operation, *b)
+        if not all(torch.equal(x, y) for x, y in zip(left, right, strict=True)):
+            raise WitnessError(f"{self.name}: the two inputs have different outputs")
+
+    def _check_inverse(self, operation: Any, generator: torch.Generator) -> None:
+        if self.invert is None or self.sample is None:
+            raise WitnessError(f"{self.name}: no inverse given")
+        x = _tensors(self.sample(generator))
+        kept = None if self.keep is None else self.keep(operation, *x)
+        _check_size(self.name, self.residue, kept, x)
+        y = run(operation, *x)
+        back = _tensors(self.invert(operation, y[0] if len(y) == 1 else y, kept))
+        for t, u in zip(x, back, strict=True):
+            if t.shape != u.shape:
+                raise WitnessError(f"{self.name}: shape {tuple(u.shape)} came back for {tuple(t.shape)}")
+            limit = self.bound * float(t.double().abs().max())
+            error = float((t.double() - u.double()).abs().max())
+            if not error <= limit:
+                raise WitnessError(f"{self.name}: input comes back with error {error:g}, bound {limit:g}")
+
+
+def run(operation: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Outputs of `operation` on copies of `inputs`, with the same random draws each time it is called."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return _tensors(operation(*(t.clone() for t in inputs)))
+
+
+def _tensors(value: Any) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def _check_size(name: str, residue: Residue, kept: Any, x: tuple[Tensor, ...]) -> None:
+    """The residue that an inverse uses has the declared size: this is what stops an 'inverse' that keeps its input."""
+    tensors = () if kept is None else _tensors(kept)
+    elements = sum(t.numel() for t in x)
+    rows = sum(max(1, t.numel() // max(1, t.shape[-1] if t.dim() else 1)) for t in x)
+    if residue is Residue.NOTHING:
+        fits = not tensors
+    elif residue is Residue.ROW:
+        fits = bool(tensors) and sum(t.numel() for t in tensors) <= 2 * rows < elements
+    elif residue is Residue.BIT:
+        fits = (
+            bool(tensors)
+            and all(t.dtype == torch.bool for t in tensors)
+            and sum(t.numel() for t in tensors) <= elements
+        )
+    elif residue is Residue.RNG:
+        fits = bool(tensors) and all(t.dtype == torch.uint8 for t in tensors)  # how torch holds a generator's state
+    else:
+        fits = False
+    if not fits:
+        raise WitnessError(f"{name}: its residue is not '{residue}'")
