@@ -43,8 +43,8 @@ ARCHITECTURE = (
 def make_base(params: Params, tokenizer: Path, tokens: Path, out: Path, device: str = "cpu") -> dict[str, Any]:
     """Store the base model as a Hugging Face checkpoint in `out`, described in `out/base.json`, which is returned.
 
-    `tokenizer` and `tokens` are what those steps stored; pretraining runs on `device`. BwskError on a model that
-    cannot be had, read or trained, or that has fewer embeddings than the tokenizer has ids.
+    `tokenizer` and `tokens` are what those steps stored; tokens are read only to pretrain, which runs on `device`.
+    BwskError on a model that cannot be had, read or trained, or that has fewer embeddings than the tokenizer has ids.
     """
     curve: list[tuple[int, float]] | None = None
     match params.base:
@@ -54,7 +54,7 @@ def make_base(params: Params, tokenizer: Path, tokens: Path, out: Path, device: 
             model = load_checkpoint(Path(path), f"base.path: {path}")
         case PretrainedBase():
             model, curve = _pretrain(params, params.base, tokenizer, tokens, device)
-    require_vocabulary(read_json(tokens / "tokens.json"), model.config.vocab_size, params.base_name)
+    require_vocabulary(vocabulary_size(load_tokenizer(tokenizer)), model.config.vocab_size, params.base_name)
     hub.quiet_unless_terminal()
     with atomic_directory(out) as folder:
         model.save_pretrained(folder)
@@ -143,15 +143,18 @@ def _pretrain(
     import torch
     from transformers import T5ForConditionalGeneration
 
+    from bwsk.device import configure
     from bwsk.pretrain import pretrain
 
     loaded = load_tokenizer(tokenizer)
     stream = load_tokens(tokens, "train")
-    require_vocabulary(read_json(tokens / "tokens.json"), vocabulary_size(loaded), "the tokenizer")
-    torch.set_num_threads(params.train.threads)
+    if int(stream.max()) >= vocabulary_size(loaded):
+        raise BwskError(f"{tokens}: made with another tokenizer than {tokenizer}; run the tokens step again")
+    target = torch.device(device)
+    configure(target, threads=params.train.threads, deterministic=True, tf32=False)
     torch.manual_seed(params.seed)
     model = T5ForConditionalGeneration(t5_config(base.architecture, loaded))
-    curve = pretrain(model, stream, base, sentinel_ids(loaded), params.seed, torch.device(device))
+    curve = pretrain(model, stream, base, sentinel_ids(loaded), params.seed, target)
     return model.cpu(), curve
 
 

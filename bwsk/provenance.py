@@ -57,6 +57,8 @@ def identity(params: Params, step: str, variant: str | None = None) -> dict[str,
         module, sections = _STEPS[step]
         dumped = params.model_dump()
         effective = {section: dumped[section] for section in sections}
+        if step == "base" and params.base.source == "pretrain":
+            effective["threads"] = params.train.threads  # bits depend on it
     return {"params": effective, "source": source_digest(module)}
 
 

@@ -141,11 +141,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def require_vocabulary(info: dict[str, Any], model_vocab: int, model: str) -> None:
-    """BwskError if a tokenizer of `info["vocab_size"]` ids has some that a model with `model_vocab` rows has not."""
-    if info["vocab_size"] > model_vocab:
+def require_vocabulary(vocab_size: int, model_vocab: int, model: str) -> None:
+    """BwskError if a tokenizer with ids below `vocab_size` has some that a model of `model_vocab` embeddings lacks."""
+    if vocab_size > model_vocab:
         raise BwskError(
-            f"tokenizer: its {info['vocab_size']} ids do not fit {model}'s vocabulary of {model_vocab}; "
+            f"tokenizer: its {vocab_size} ids do not fit the {model_vocab} embeddings of {model}; "
             "set tokenizer and base so that they belong together"
         )
 
