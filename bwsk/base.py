@@ -79,7 +79,7 @@ def load_checkpoint(path: Path, name: str) -> PreTrainedModel:
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    _check_files(path, name)
+    check_files(path, name)
     config_file = path / "config.json"
     values = read_json(config_file)
     if values.get("model_type") != "t5":
@@ -118,7 +118,8 @@ def load_checkpoint(path: Path, name: str) -> PreTrainedModel:
     return model
 
 
-def _check_files(path: Path, name: str) -> None:
+def check_files(path: Path, name: str) -> None:
+    """BwskError `{name}: …` unless `path` holds a config.json and a complete model.safetensors."""
     if not path.is_dir():
         raise BwskError(f"{name}: is not a directory; name a folder with config.json and model.safetensors")
     if not (path / "config.json").is_file():
