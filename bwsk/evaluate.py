@@ -10,16 +10,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bwsk.corpus import decode_text, split_lines
 from bwsk.device import check_precision, configure, device_name, pick_device
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file, write_json
 from bwsk.model import load_model
-from bwsk.params import EvaluateParams, Params
+from bwsk.params import EvaluateParams, Params, TokensParams
 from bwsk.perplexity import Perplexity, evaluation_starts, perplexity
 from bwsk.progress import progress
 from bwsk.provenance import identity, versions
 from bwsk.tokenizer import load_tokenizer
-from bwsk.tokens import load_tokens, text_tokens
+from bwsk.tokens import load_tokens, tokenize
 
 # What training recorded and what the saved weights give may differ by rounding alone (batches, attention kernels).
 TOLERANCE = 1e-4
@@ -70,7 +71,9 @@ def evaluate_text(
     """Perplexities of any saved sequence-to-sequence model on a UTF-8 text file; the recipe is the study's."""
     if window % 2 or stride > window:
         raise BwskError(f"evaluate: found window {window}, stride {stride}; the window is even, the stride within it")
-    stream, n_bytes = text_tokens(text, load_tokenizer(tokenizer_dir))
+    rows = split_lines(decode_text(text))
+    stream = tokenize(load_tokenizer(tokenizer_dir), rows, TokensParams().separator)
+    n_bytes = sum(len(row.encode()) for row in rows)
     if len(stream) <= window:
         raise BwskError(f"{text}: has {len(stream)} tokens, a window needs more than {window}; set --window")
     device = pick_device(gpus)

@@ -14,9 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from bwsk.errors import BwskError
 from bwsk.params import Init
+
+# Its bars for loading and saving would end up as noise in the logs of jobs.
+disable_progress_bar()
 
 ATTENTION = "eager"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from bwsk.checkpoint import Checkpoints, optimizer_state, random_states, restore_optimizer, restore_random_states
 from bwsk.device import autocast, check_precision, configure, device_name
-from bwsk.erasure import ErasureMeter
 from bwsk.errors import BwskError
 from bwsk.files import atomic_directory, read_json, sha256_file, write_json
 from bwsk.model import initial_model, load_weights, save_variant, split_block, weights
@@ -37,7 +36,6 @@ from bwsk.params import SPLITS, Params
 from bwsk.perplexity import evaluation_starts, published_perplexity
 from bwsk.progress import Bar, progress
 from bwsk.provenance import identity, versions
-from bwsk.reversible import make_reversible
 from bwsk.schedule import Schedule
 from bwsk.tokens import blocks, load_tokens
 
@@ -121,6 +119,8 @@ class Run:
             raise BwskError(f"{inputs.tokens}: found token {largest}, the model's vocabulary has {vocabulary}")
         self.model.to(device).train()
         if self.mode == "bwsk-reversible":
+            from bwsk.reversible import make_reversible
+
             make_reversible(self.model, budget=train.budget)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -131,7 +131,11 @@ class Run:
             fused=True,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
-        self.meter = ErasureMeter(self.model) if self.mode == "bwsk-analyzed" else None
+        self.meter = None
+        if self.mode == "bwsk-analyzed":
+            from bwsk.erasure import ErasureMeter
+
+            self.meter = ErasureMeter(self.model)
 
         self.state = State()
         self.best: dict[str, Tensor] | None = None
