@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 
 # One module per group of commands; importing it registers its commands.
-GROUPS = ("data", "study", "publish", "models", "memory", "tools")
+GROUPS = ("data", "study", "publish", "models", "memory", "tools", "versions")
 
 
 def main() -> None:
