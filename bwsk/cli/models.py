@@ -1,1 +1,129 @@
-"""Commands: models."""
+"""Commands about models, without weights: `bwsk classify` and `bwsk trace`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from bwsk.cli.app import app
+
+MODEL = typer.Argument(help="Hub id (optionally id@revision), model directory, or config.json.", show_default=False)
+RULES = typer.Option("published", "--rules", help="Rule set that decides: published or strict.")
+JSON = typer.Option(None, "--json", metavar="FILE", help="Write the result as JSON.")
+FIGURE = typer.Option(None, "--figure", metavar="FILE", help="Draw the S/K map by depth (.svg, .png or .pdf).")
+STRICT = typer.Option(False, "--strict", help="Exit with an error if anything is GRAY.")
+TRAIN = typer.Option(True, "--train/--eval", help="Mode of the model: dropout and batch norm depend on it.")
+
+
+@app.command()
+def classify(
+    model: str = MODEL,
+    rules: str = RULES,
+    training: bool = TRAIN,
+    json: Path | None = JSON,
+    figure: Path | None = FIGURE,
+    strict: bool = STRICT,
+) -> None:
+    """Count the S-type and K-type modules of a model, under the published and the strict rules."""
+    from bwsk.architecture import load
+    from bwsk.census import classify as census_of
+    from bwsk.rules import RULE_SETS, rule_set
+
+    rule_set(rules)  # an unknown set is refused before anything is built
+    module, name = load(model)
+    module.train(training)
+    censuses = {r: census_of(module, r) for r in RULE_SETS}
+    chosen, other = censuses[rules], next(c for r, c in censuses.items() if r != rules)
+    if json:
+        differences = chosen.differences(other)
+        _write(json, {"source": model} | chosen.to_dict() | {"differences": differences, other.rules: _totals(other)})
+    if figure:
+        from bwsk.skmap import draw_modules
+
+        draw_modules(censuses, figure)
+    _print_census(model, name, chosen, other)
+    _gray(chosen.unknown(), strict)
+
+
+def _totals(census: Any) -> dict[str, Any]:
+    return {key: getattr(census, key) for key in ("s", "k", "gray", "total", "s_ratio", "k_ratio", "gray_ratio")}
+
+
+def _write(path: Path, value: Any) -> None:
+    from bwsk.files import write_json
+
+    write_json(path, value)
+
+
+def _gray(unknown: list[str], strict: bool) -> None:
+    """GRAY is listed by name; under --strict it is an error."""
+    from bwsk.errors import BwskError
+
+    if unknown and strict:
+        raise BwskError(f"{len(unknown)} GRAY: {'; '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}; add rules")
+
+
+def _percent(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{100 * ratio:.1f} %"
+
+
+_COLOURS = {"S": "green", "K": "red", "GRAY": "yellow"}
+
+
+def _mark(verdict: str) -> str:
+    return f"[{_COLOURS[verdict]}]{verdict}[/]"
+
+
+def _print_census(source: str, name: str, chosen: Any, other: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(f"[bold]{name}[/] ({source}), {chosen.total} leaf modules, {chosen.mode} mode")
+    table = Table("rules", title_justify="left")
+    for heading in ("S", "K", "GRAY", "S share", "K share"):
+        table.add_column(heading, justify="right")
+    for census in (chosen, other):
+        style = "bold" if census is chosen else ""
+        cells = (
+            census.rules,
+            str(census.s),
+            str(census.k),
+            str(census.gray),
+            _percent(census.s_ratio),
+            _percent(census.k_ratio),
+        )
+        table.add_row(*cells, style=style)
+    console.print(table)
+
+    table = Table(title=f"by kind, {chosen.rules} rules", title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    for heading in ("kind", "classes", "residue", "reason"):
+        table.add_column(heading, overflow="fold")
+    for group in chosen.by_kind():
+        kind = group["kind"] if group["condition"] in (None, "always") else f"{group['kind']} ({group['condition']})"
+        cells = (", ".join(group["classes"]), group["residue"] or "-", group["reason"])
+        table.add_row(_mark(group["verdict"]), str(group["count"]), kind, *cells)
+    console.print(table)
+
+    differences = chosen.differences(other)
+    if differences:
+        table = Table(title=f"where the {other.rules} rules differ", title_justify="left")
+        table.add_column("n", justify="right", no_wrap=True)
+        for heading in ("kind", "verdict", "because"):
+            table.add_column(heading, overflow="fold")
+        for d in differences:
+            kind = d["kind"] if d["condition"] in (None, "always") else f"{d['kind']} ({d['condition']})"
+            change = f"{_mark(d[chosen.rules])} → {_mark(d[other.rules])}"
+            table.add_row(str(d["count"]), kind, change, d["reason"])
+        console.print(table)
+    if chosen.unknown():
+        console.print("GRAY: " + ", ".join(chosen.unknown()[:12]), style="yellow", markup=False)
+    if chosen.outside:
+        shown = ", ".join(chosen.outside[:3]) + (" ..." if len(chosen.outside) > 3 else "")
+        console.print(
+            f"Not seen: {len(chosen.outside)} parameters outside of leaf modules ({shown}).", style="dim", markup=False
+        )
