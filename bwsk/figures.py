@@ -1,0 +1,180 @@
+"""The study's figures as PNG: loss curves, validation perplexity, and what a training step costs in memory and time.
+
+The modes of a study compute the same gradients, so their curves usually coincide. Each mode therefore has a width and a
+pattern of its own (a broad pale line, a dashed one, a thin one with rings), and all three show where they overlap.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart. The same figures give the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+
+from bwsk.files import atomic_directory
+
+FILES = ("loss.png", "perplexity.png", "memory_and_time.png")
+_INITS = {"finetune": "Fine-tune", "scratch": "From scratch"}
+_MODES = {"conventional": "conventional", "bwsk-analyzed": "BWSK analyzed", "bwsk-reversible": "BWSK reversible"}
+_COLOURS = {"conventional": "#56B4E9", "bwsk-analyzed": "#D55E00", "bwsk-reversible": "#111111"}
+_LINES: dict[str, dict[str, Any]] = {
+    "conventional": {"linewidth": 6.0, "alpha": 0.55, "solid_capstyle": "round"},
+    "bwsk-analyzed": {"linewidth": 2.2, "linestyle": (0, (3.2, 2.2))},
+    "bwsk-reversible": {"linewidth": 0.8, "marker": "o", "markersize": 4.0, "markerfacecolor": "white"},
+}
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.labelcolor": "#333333",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.dpi": 120,
+}
+_RINGS = 12  # markers along a curve
+_MIB = 2**20
+
+
+def draw(results: dict[str, Any], trainings: dict[str, dict[str, Any]], out: Path) -> list[Path]:
+    """Write `FILES` into `out`: `results` as in results.json, `trainings` the variants' training_results.json."""
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}), atomic_directory(out) as folder:
+        pictures = (
+            _curves(trainings, "train_loss_steps", "train_loss_curve", "training loss (nats per token)"),
+            _curves(trainings, "val_steps", "val_perplexity_curve", "validation perplexity", log=True),
+            _cost(results),
+        )
+        for name, picture in zip(FILES, pictures, strict=True):
+            # Without the version of the software in it, the bytes depend on the picture alone.
+            picture.savefig(folder / name, metadata={"Software": None})
+            plt.close(picture)
+    return [out / name for name in FILES]
+
+
+def _curves(trainings: dict[str, dict[str, Any]], steps: str, values: str, label: str, log: bool = False) -> Figure:
+    """One panel per initialisation, one line per mode."""
+    inits = [init for init in _INITS if any(training["init"] == init for training in trainings.values())]
+    picture, panels = plt.subplots(1, len(inits), figsize=(4.1 * len(inits) + 0.4, 3.4), squeeze=False)
+    for axes, init in zip(panels[0], inits, strict=True):
+        modes = [training for training in trainings.values() if training["init"] == init]
+        for order, training in enumerate(modes):
+            mode = training["mode"]
+            rings = max(1, len(training[steps]) // _RINGS)
+            axes.plot(
+                training[steps],
+                training[values],
+                label=_MODES[mode],
+                color=_COLOURS[mode],
+                markevery=rings,
+                zorder=2 + order,
+                **_LINES[mode],
+            )
+        axes.set_title(_INITS[init])
+        axes.set_xlabel("optimizer step")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if log:
+            _log_scale(axes)
+    panels[0][0].set_ylabel(label)
+    _legend(picture, panels[0][0])
+    return picture
+
+
+def _log_scale(axes: Axes) -> None:
+    """Logarithmic, with plain numbers at 1, 2 and 5 of each decade (1,2,3,… if the range is within one)."""
+    low, high = axes.get_ylim()
+    axes.set_yscale("log")
+    narrow = high / max(low, 1e-9) < 8
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=range(1, 10) if narrow else (1, 2, 5), numticks=12))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.get_major_formatter().set_scientific(False)
+
+
+def _cost(results: dict[str, Any]) -> Figure:
+    """Peak memory (measured, else predicted, else said to be absent) and median step time, a bar per variant."""
+    variants = results["variants"]
+    picture, (memory, time) = plt.subplots(1, 2, figsize=(8.6, 3.4))
+    key, kind = next(
+        (
+            (key, kind)
+            for key, kind in (("peak_memory_mb", "measured"), ("predicted_peak_memory_mb", "predicted"))
+            if all(figures[key] is not None for figures in variants.values())
+        ),
+        (None, None),
+    )
+    memory.set_title(f"Peak memory of a training step{f' ({kind})' if kind else ''}")
+    if key is None:
+        memory.text(
+            0.5,
+            0.5,
+            "not measured: trained on the CPU\nnot predicted for all variants",
+            ha="center",
+            va="center",
+            color="#666666",
+            transform=memory.transAxes,
+        )
+        memory.set_xticks([])
+        memory.set_yticks([])
+        memory.grid(False)
+    else:
+        _bars(memory, variants, key, "MiB", "{:,.0f}")
+        # float32 weights, their gradients and AdamW's two moments: no activation trick gets below.
+        floor = 4 * 4 * results["base"]["parameters"] / _MIB
+        memory.axhline(floor, color="#666666", linewidth=0.9, linestyle=(0, (4, 3)))
+        memory.annotate(
+            "weights, gradients, optimizer",
+            (1.0, floor),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7,
+            color="#444444",
+        )
+    time.set_title("Median time of a training step")
+    _bars(time, variants, "step_time_ms", "ms", "{:,.1f}")
+    _legend(picture, time)
+    return picture
+
+
+def _bars(axes: Axes, variants: dict[str, dict[str, Any]], key: str, unit: str, text: str) -> None:
+    inits = [init for init in _INITS if any(figures["init"] == init for figures in variants.values())]
+    modes = [mode for mode in _MODES if any(figures["mode"] == mode for figures in variants.values())]
+    width = 0.8 / len(modes)
+    for index, mode in enumerate(modes):
+        found = [(place, variants.get(f"{init}-{mode}")) for place, init in enumerate(inits)]
+        places = [place + (index - (len(modes) - 1) / 2) * width for place, figures in found if figures]
+        heights = [figures[key] for _, figures in found if figures]
+        bars = axes.bar(places, heights, width * 0.92, label=_MODES[mode], color=_COLOURS[mode])
+        axes.bar_label(bars, labels=[text.format(height) for height in heights], fontsize=7, padding=2, color="#333333")
+    axes.set_xticks(range(len(inits)), [_INITS[init] for init in inits])
+    axes.tick_params(axis="x", length=0)
+    axes.grid(False, axis="x")
+    axes.margins(y=0.14)
+    axes.set_ylabel(unit)
+
+
+def _legend(picture: Figure, axes: Axes) -> None:
+    """One legend for all panels, above them."""
+    handles, labels = axes.get_legend_handles_labels()
+    picture.legend(handles, labels, loc="upper center", ncols=len(labels), handlelength=3.4)
+    picture.tight_layout(rect=(0, 0, 1, 0.92), w_pad=2.0)

@@ -1,0 +1,101 @@
+# Collect the results, write the model card, verify the finished repository. Seconds each: no cluster jobs.
+
+
+localrules:
+    results,
+    card,
+    check,
+
+
+from bwsk.card import TEMPLATE
+from bwsk.files import sha256_file
+from bwsk.figures import FILES as FIGURE_FILES
+
+VARIANT_FILES = [
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_results.json",
+]
+
+
+rule results:
+    input:
+        collect("results/{variant}/training_results.json", variant=VARIANTS),
+        collect("results/{variant}/model.safetensors", variant=VARIANTS),
+        collect("build/evaluation/{variant}.json", variant=VARIANTS),
+        "build/corpus/corpus.json",
+        "build/tokens/tokens.json",
+        "build/base/base.json",
+        "build/analysis/census.json",
+    output:
+        results="results/results.json",
+        table=report(
+            "build/report/results.csv",
+            caption="../report/results.rst",
+            category="1 Results",
+            labels={"what": "Figures of the variants"},
+        ),
+    log:
+        "build/logs/results.log",
+    benchmark:
+        "build/benchmarks/results.tsv"
+    params:
+        identity=params_identity("results"),
+    message:
+        "Collect the results and judge the published claims"
+    shell:
+        "bwsk results --table {output.table} &> {log}"
+
+
+rule card:
+    input:
+        "results/results.json",
+        collect("results/{variant}/training_results.json", variant=VARIANTS),
+    output:
+        card="results/README.md",
+        html=report(
+            "build/report/card.html",
+            caption="../report/card.rst",
+            category="1 Results",
+            labels={"what": "Model card"},
+        ),
+        figures=report(
+            collect("results/figures/{file}", file=FIGURE_FILES),
+            caption="../report/figures.rst",
+            category="2 Figures",
+        ),
+    log:
+        "build/logs/card.log",
+    benchmark:
+        "build/benchmarks/card.tsv"
+    params:
+        identity=params_identity("card"),
+        # As a digest: an edit rewrites the card, a fresh checkout with its new timestamps does not.
+        template=sha256_file(TEMPLATE),
+    message:
+        "Draw the figures and write the model card"
+    shell:
+        "bwsk card --html {output.html} &> {log}"
+
+
+rule check:
+    input:
+        "results/results.json",
+        "results/README.md",
+        collect("results/figures/{file}", file=FIGURE_FILES),
+        collect("results/{variant}/{file}", variant=VARIANTS, file=VARIANT_FILES),
+    output:
+        "build/check.json",
+    log:
+        "build/logs/check.log",
+    benchmark:
+        "build/benchmarks/check.tsv"
+    params:
+        identity=params_identity("check"),
+    message:
+        "Verify the model repository: layout, loading, JSON, card, hashes"
+    shell:
+        "bwsk check &> {log}"
