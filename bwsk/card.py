@@ -17,12 +17,10 @@ import yaml
 
 from bwsk import publication
 from bwsk.errors import BwskError
-from bwsk.figures import FILES
 from bwsk.files import write_text
+from bwsk.layout import CARD, FIGURES, TEMPLATE
 from bwsk.params import DirectoryBase, HubBase, HubCorpus, Params
-from bwsk.schemas import WORKFLOW
 
-TEMPLATE = WORKFLOW / "templates" / "model_card.md.j2"
 ABSENT = "—"
 LICENSE = "mit"
 INITS = {"finetune": "Fine-tune", "scratch": "From Scratch"}
@@ -56,7 +54,7 @@ class Table:
 
 def write_card(params: Params, results: dict[str, Any], study: Path, template: Path = TEMPLATE) -> Path:
     """Render and check the card of the study in `study`, write it to `results/README.md` and return that path."""
-    path = study / "results" / "README.md"
+    path = study / "results" / CARD
     text = render(params, results, template)
     check_header(text, results, path)
     write_text(path, text)
@@ -173,7 +171,7 @@ def html(card: Path) -> str:
 
     body = re.sub(r"^---\n.*?\n---\n", "", card.read_text(encoding="utf-8"), count=1, flags=re.DOTALL)
     page = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
-    for name in FILES:
+    for name in FIGURES:
         data = base64.b64encode((card.parent / "figures" / name).read_bytes()).decode()
         page = page.replace(f'src="figures/{name}"', f'src="data:image/png;base64,{data}"')
     return _PAGE.replace("BODY", page)
@@ -219,13 +217,14 @@ def _context(params: Params, results: dict[str, Any]) -> dict[str, Any]:
         else None,
         "base_url": f"https://huggingface.co/{_base_model(params)}" if _base_model(params) else None,
         "publication": publication,
-        "figures": FILES,
-        "devices": devices,
+        "figures": FIGURES,
+        "devices": ["the CPU" if device == "cpu" else device for device in devices],
         "precision": _PRECISIONS[params.train.precision],
         "versions": next(iter(variants.values()))["provenance"]["versions"],
         "memory_absent": any(figures["peak_memory_mb"] is None for figures in variants.values()),
         "memory_predicted": any(peak is not None for peak in peaks[1::2]),
         "verdicts": {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)},
+        "reasons": sorted({claim["reason"] for claim in results["claims"]}),
         "claim_value": _claim_value,
     }
 
@@ -263,7 +262,7 @@ def _claim_value(value: float | None, unit: str) -> str:
         return ABSENT
     match unit:
         case "%":
-            return f"{value:.1f} %"
+            return f"{value:.1f} %".replace("-", "−")
         case "MiB":
             return f"{value:,.0f} MiB"
         case "M":

@@ -12,22 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bwsk.card import TEMPLATE, check_header, render
+from bwsk.card import check_header, render
 from bwsk.errors import BwskError
-from bwsk.figures import FILES
 from bwsk.files import read_json, write_json
+from bwsk.layout import CARD, FIGURES, RESULTS, TEMPLATE, repository_files
 from bwsk.params import SPLITS, Params
 from bwsk.results import gather, read_results
 from bwsk.staleness import current_results, current_training
 
-VARIANT_FILES = (
-    "model.safetensors",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "training_results.json",
-)
 # Written by version control into the folders of what it tracks; no part of the repository.
 TOLERATED = frozenset({".gitignore"})
 _PROMPT = "The statement is executed and the value of the expression"
@@ -62,8 +54,7 @@ def _layout(params: Params, root: Path) -> Iterator[Check]:
     """Exactly the published files, all regular, readable, not executable and not writable by everybody."""
     if not root.is_dir():
         raise BwskError(f"{root}: missing; run the study first")
-    wanted = {Path("README.md"), Path("results.json"), *(Path("figures") / name for name in FILES)}
-    wanted |= {Path(variant) / name for variant in params.variant_names for name in VARIANT_FILES}
+    wanted = repository_files(params.variant_names)
     folders = {path.parent for path in wanted} - {Path()}
     found = set()
     for path in sorted(root.rglob("*")):
@@ -92,7 +83,7 @@ def _layout(params: Params, root: Path) -> Iterator[Check]:
 
 
 def _results(params: Params, study: Path) -> Iterator[Check]:
-    path = study / "results" / "results.json"
+    path = study / "results" / RESULTS
     results = read_results(study)
     yield Check("JSON schema", str(path), f"{len(results['variants'])} variants, {len(results['claims'])} claims")
     current_results(params, study, results)
@@ -115,7 +106,7 @@ def _results(params: Params, study: Path) -> Iterator[Check]:
 
 
 def _card(params: Params, study: Path, template: Path) -> Iterator[Check]:
-    path = study / "results" / "README.md"
+    path = study / "results" / CARD
     results = read_results(study)
     try:
         text = path.read_text(encoding="utf-8")
@@ -126,11 +117,11 @@ def _card(params: Params, study: Path, template: Path) -> Iterator[Check]:
     if text != render(params, results, template):
         raise BwskError(f"{path}: is not the card of results.json; write it again: bwsk card {study}")
     yield Check("card", str(path), "rendered again from results.json: the same")
-    for name in FILES:
+    for name in FIGURES:
         picture = study / "results" / "figures" / name
         if not picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n"):
             raise BwskError(f"{picture}: not a PNG file; draw it again: bwsk card {study}")
-    yield Check("figures", str(study / "results" / "figures"), ", ".join(FILES))
+    yield Check("figures", str(study / "results" / "figures"), ", ".join(FIGURES))
 
 
 def _variant(params: Params, study: Path, variant: str) -> Iterator[Check]:
@@ -204,12 +195,16 @@ def _generate(root: Path, variant: str, parameters: int) -> str:
         raise BwskError(f"{folder / 'tokenizer.json'}: makes no tokens of English text; make it again")
     with torch.inference_mode():
         written = model.eval().generate(
-            input_ids=inputs["input_ids"], min_new_tokens=_NEW_TOKENS, max_new_tokens=_NEW_TOKENS, do_sample=False
+            input_ids=inputs["input_ids"],
+            min_new_tokens=_NEW_TOKENS,
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            no_repeat_ngram_size=2,
         )
     if written.shape[1] <= _NEW_TOKENS:
         raise BwskError(f"{folder}: wrote {written.shape[1] - 1} tokens where {_NEW_TOKENS} were asked for")
-    text = " ".join(tokenizer.decode(written[0], skip_special_tokens=True).split())
-    return f"wrote “{text[:40]}”"
+    text = tokenizer.decode(written[0], skip_special_tokens=True).strip() or tokenizer.decode(written[0])
+    return f"{_NEW_TOKENS} tokens: {' '.join(text.split())[:40]}"
 
 
 def _first_difference(found: Any, wanted: Any, key: str = "") -> str:

@@ -75,10 +75,11 @@ def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
 
 def table(found: list[Change], a: str, b: str) -> Any:
     """The changes as a rich table, grouped."""
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    result = Table("", "", escape(a), escape(b), "change", title=None, header_style="bold")
+    result = Table("", "", escape(a), escape(b), "change", header_style="bold", box=SIMPLE_HEAD)
     previous = None
     for change in found:
         if previous not in (None, change.group):

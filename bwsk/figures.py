@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 from bwsk.files import atomic_directory
+from bwsk.layout import FIGURES
 
-FILES = ("loss.png", "perplexity.png", "memory_and_time.png")
 _INITS = {"finetune": "Fine-tune", "scratch": "From scratch"}
 _MODES = {"conventional": "conventional", "bwsk-analyzed": "BWSK analyzed", "bwsk-reversible": "BWSK reversible"}
-_COLOURS = {"conventional": "#56B4E9", "bwsk-analyzed": "#D55E00", "bwsk-reversible": "#111111"}
+_COLOURS = {"conventional": "#56B4E9", "bwsk-analyzed": "#D55E00", "bwsk-reversible": "#004D40"}
 _LINES: dict[str, dict[str, Any]] = {
     "conventional": {"linewidth": 6.0, "alpha": 0.55, "solid_capstyle": "round"},
     "bwsk-analyzed": {"linewidth": 2.2, "linestyle": (0, (3.2, 2.2))},
@@ -55,18 +55,18 @@ _MIB = 2**20
 
 
 def draw(results: dict[str, Any], trainings: dict[str, dict[str, Any]], out: Path) -> list[Path]:
-    """Write `FILES` into `out`: `results` as in results.json, `trainings` the variants' training_results.json."""
+    """Write the `FIGURES` of the layout into `out`; `trainings` are the training_results.json by variant."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}), atomic_directory(out) as folder:
         pictures = (
             _curves(trainings, "train_loss_steps", "train_loss_curve", "training loss (nats per token)"),
             _curves(trainings, "val_steps", "val_perplexity_curve", "validation perplexity", log=True),
             _cost(results),
         )
-        for name, picture in zip(FILES, pictures, strict=True):
+        for name, picture in zip(FIGURES, pictures, strict=True):
             # Without the version of the software in it, the bytes depend on the picture alone.
             picture.savefig(folder / name, metadata={"Software": None})
             plt.close(picture)
-    return [out / name for name in FILES]
+    return [out / name for name in FIGURES]
 
 
 def _curves(trainings: dict[str, dict[str, Any]], steps: str, values: str, label: str, log: bool = False) -> Figure:
@@ -110,9 +110,8 @@ def _log_scale(axes: Axes) -> None:
 
 
 def _cost(results: dict[str, Any]) -> Figure:
-    """Peak memory (measured, else predicted, else said to be absent) and median step time, a bar per variant."""
+    """Peak memory (measured, else predicted, else no panel) and median step time, a bar per variant."""
     variants = results["variants"]
-    picture, (memory, time) = plt.subplots(1, 2, figsize=(8.6, 3.4))
     key, kind = next(
         (
             (key, kind)
@@ -121,21 +120,12 @@ def _cost(results: dict[str, Any]) -> Figure:
         ),
         (None, None),
     )
-    memory.set_title(f"Peak memory of a training step{f' ({kind})' if kind else ''}")
-    if key is None:
-        memory.text(
-            0.5,
-            0.5,
-            "not measured: trained on the CPU\nnot predicted for all variants",
-            ha="center",
-            va="center",
-            color="#666666",
-            transform=memory.transAxes,
-        )
-        memory.set_xticks([])
-        memory.set_yticks([])
-        memory.grid(False)
-    else:
+    panels = 1 if key is None else 2
+    picture, axes = plt.subplots(1, panels, figsize=(4.1 * panels + 0.4, 3.4), squeeze=False)
+    time = axes[0][-1]
+    if key is not None:
+        memory = axes[0][0]
+        memory.set_title(f"Peak memory of a training step ({kind})")
         _bars(memory, variants, key, "MiB", "{:,.0f}")
         # float32 weights, their gradients and AdamW's two moments: no activation trick gets below.
         floor = 4 * 4 * results["base"]["parameters"] / _MIB

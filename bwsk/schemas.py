@@ -8,9 +8,7 @@ from typing import Any
 
 from bwsk.errors import BwskError
 from bwsk.files import read_json
-
-# Beside the package, not in it: rules, schemas and templates belong to the workflow and come with the checkout.
-WORKFLOW = Path(__file__).resolve().parents[1] / "workflow"
+from bwsk.layout import WORKFLOW
 
 
 def read_checked(path: Path, schema: str, part: str | None = None) -> dict[str, Any]:

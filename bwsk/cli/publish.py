@@ -38,6 +38,7 @@ def card(
     from bwsk import card as cards
     from bwsk.figures import draw
     from bwsk.files import write_text
+    from bwsk.layout import TEMPLATE
     from bwsk.params import load_params
     from bwsk.results import read_results
     from bwsk.staleness import current_results, current_training
@@ -46,7 +47,7 @@ def card(
     collected = current_results(params, study, read_results(study))
     trainings = {name: current_training(params, study, name, None) for name in params.variant_names}
     draw(collected, trainings, study / "results" / "figures")
-    path = cards.write_card(params, collected, study, template or cards.TEMPLATE)
+    path = cards.write_card(params, collected, study, template or TEMPLATE)
     if html is not None:
         write_text(html, cards.html(path))
     print(f"model card: {path}")
@@ -58,18 +59,19 @@ def check(
     template: Annotated[Path | None, typer.Option(help="Template of the card; the workflow's if absent.")] = None,
 ) -> None:
     """Verify a finished model repository: layout, loading and generating, JSON, card, hashes; nothing is fetched."""
-    from rich.console import Console
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from bwsk import check as checks
+    from bwsk.layout import TEMPLATE
     from bwsk.params import load_params
 
-    done = checks.verify(load_params(study / "params.yaml"), study, template or checks.TEMPLATE)
+    done = checks.verify(load_params(study / "params.yaml"), study, template or TEMPLATE)
     checks.write_checks(done, study)
-    shown = Table("check", "where", "found", header_style="bold")
+    shown = Table("check", "where", "found", header_style="bold", box=SIMPLE_HEAD)
     for one in done:
         shown.add_row(one.what, one.where, one.found)
-    Console().print(shown)
+    _console().print(shown)
     print(f"{len(done)} checks passed")
 
 
@@ -90,58 +92,63 @@ def compare(
     study: Annotated[Path, typer.Option(help="The study whose results a revision stands for.")] = _HERE,
 ) -> None:
     """Table of what differs between two studies or two revisions: parameters, figures, verdicts, weights."""
-    from rich.console import Console
-
     from bwsk.compare import changes, load_side, table
 
     found = changes(load_side(a, study), load_side(b, study))
     if found:
-        Console().print(table(found, a, b))
+        _console().print(table(found, a, b))
     else:
         print(f"{a} and {b}: no difference in parameters, figures, verdicts or weights")
 
 
 def _print_results(collected: dict[str, Any]) -> None:
-    from rich.console import Console
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    from bwsk.card import duration, number, percent
+    from bwsk.card import number, percent
 
-    title = escape(f"{collected['study']['title']}: {collected['base']['name']} on {collected['corpus']['name']}")
-    shown = Table(title=title, title_justify="left", header_style="bold")
-    shown.add_column("variant")
-    for name in ("final loss", "val ppl", "test ppl", "test bits/byte", "peak memory", "step", "time", "epochs"):
+    console = _console()
+    title = f"{collected['study']['title']}: {collected['base']['name']} on {collected['corpus']['name']}"
+    shown = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
+    shown.add_column("variant", no_wrap=True)
+    for name in ("loss", "val ppl", "test ppl", "bits/byte", "peak memory", "step", "epochs"):
         shown.add_column(name, justify="right")
     previous = None
     for name, figures in collected["variants"].items():
         if previous not in (None, figures["init"]):
             shown.add_section()
         previous = figures["init"]
-        test = figures["evaluation"]["test"]
+        evaluation = figures["evaluation"]
         peak, predicted = figures["peak_memory_mb"], figures["predicted_peak_memory_mb"]
         memory = f"{number(peak, 0)} MiB" if peak else f"~{number(predicted, 0)} MiB" if predicted else "—"
         shown.add_row(
             name,
-            number(figures["final_train_loss"], 4),
-            number(figures["evaluation"]["validation"]["published_perplexity"]),
-            number(test["published_perplexity"]),
-            number(test["bits_per_byte"], 3),
+            number(figures["final_train_loss"], 3),
+            number(evaluation["validation"]["published_perplexity"]),
+            number(evaluation["test"]["published_perplexity"]),
+            number(evaluation["test"]["bits_per_byte"], 3),
             memory,
             f"{number(figures['step_time_ms'], 1)} ms",
-            duration(figures["wall_time_s"]),
             str(figures["epochs_completed"]),
         )
-    Console().print(shown)
+    console.print(shown)
     for init, saving in collected["memory_saving"].items():
         for kind, share in saving.items():
             if share is not None:
                 print(f"memory saved by bwsk-reversible, {init}: {percent(share)} ({kind})")
-    unigram = collected["tokens"]["splits"]["test"]["unigram_perplexity"]
-    census = collected["census"]
+    census, unigram = collected["census"], collected["tokens"]["splits"]["test"]["unigram_perplexity"]
     print(f"S/K census: {census['s']} S, {census['k']} K of {census['total']} leaf modules")
-    print(f"unigram model of the training text: test perplexity {number(unigram, 1)}")
+    print(f"for scale: a unigram model of the training text has a test perplexity of {number(unigram, 1)} per token")
     verdicts = [claim["verdict"] for claim in collected["claims"]]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
-    reason = "" if collected["comparable"] else f" ({escape('; '.join(collected['differences'][:1]))}, …)"
-    print(f"published claims: {counts}{reason if 'not comparable' in verdicts else ''}")
+    reason = next((claim["reason"] for claim in collected["claims"] if claim["verdict"] == "not comparable"), None)
+    print(f"published claims: {counts}{f' ({reason})' if reason else ''}")
+
+
+def _console() -> Any:
+    """Standard output; in a log, where rich would assume 80 columns, wide enough for the tables."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=130)

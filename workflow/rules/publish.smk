@@ -7,18 +7,8 @@ localrules:
     check,
 
 
-from bwsk.card import TEMPLATE
 from bwsk.files import sha256_file
-from bwsk.figures import FILES as FIGURE_FILES
-
-VARIANT_FILES = [
-    "model.safetensors",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "training_results.json",
-]
+from bwsk.layout import FIGURES, TEMPLATE, VARIANT as VARIANT_FILES
 
 
 rule results:
@@ -63,7 +53,7 @@ rule card:
             labels={"what": "Model card"},
         ),
         figures=report(
-            collect("results/figures/{file}", file=FIGURE_FILES),
+            collect("results/figures/{file}", file=FIGURES),
             caption="../report/figures.rst",
             category="2 Figures",
         ),
@@ -85,7 +75,7 @@ rule check:
     input:
         "results/results.json",
         "results/README.md",
-        collect("results/figures/{file}", file=FIGURE_FILES),
+        collect("results/figures/{file}", file=FIGURES),
         collect("results/{variant}/{file}", variant=VARIANTS, file=VARIANT_FILES),
     output:
         "build/check.json",
