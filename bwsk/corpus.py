@@ -109,16 +109,15 @@ def _from_hub(source: HubCorpus) -> dict[str, list[str]]:
 
 
 def _explain(error: Exception, source: HubCorpus) -> str:
+    from datasets.exceptions import DatasetNotFoundError
+
     from bwsk import hub
 
-    cause: BaseException | None = error
-    while cause is not None:
-        text = str(cause).strip()
-        if "BuilderConfig" in text or "Config name is missing" in text:
-            return f"has no config {source.config!r} ({' '.join(text.split())[:300]})"
-        if type(cause).__module__.startswith("huggingface_hub") and isinstance(cause, Exception):
-            return hub.explain(cause, source.revision)
-        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(error).split())
+    if "BuilderConfig" in text or "Config name is missing" in text:
+        return f"has no config {source.config!r} ({text[:300]})"
+    if isinstance(error, DatasetNotFoundError):
+        return f"the Hub does not give it ({text[:300]})"
     return hub.explain(error, source.revision)
 
 
