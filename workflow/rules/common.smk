@@ -8,6 +8,11 @@ import yaml
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
+# The package beside the Snakefile, even where that of another checkout is installed: an experiment of DVC runs in a
+# copy of this one, whose source it records.
+sys.path.insert(0, str(workflow.basedir))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(workflow.basedir), os.environ.get("PYTHONPATH")]))
+
 from bwsk.errors import BwskError
 from bwsk.params import load_params
 from bwsk.provenance import identity
