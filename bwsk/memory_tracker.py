@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 from bwsk.reversible.dropout import cuda_accounting
 
 ROUND = 512
+_OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Tracker(TorchDispatchMode):
         self.log = Log()
         self._alive: dict[int, tuple[weakref.ref, int]] = {}
         self._count = 0
+        self.flops = 0
 
     def number(self, tensor: Tensor) -> int | None:
         """The number under which the storage of `tensor` is known, or None."""
@@ -60,20 +63,30 @@ class Tracker(TorchDispatchMode):
         number = self._count
 
         def ended(_: weakref.ref) -> None:
-            self._alive.pop(key, None)
-            self.log.events.append((number, -size))
+            if self._alive.pop(key, None) is not None:
+                self.log.events.append((number, -size))
 
         self._alive[key] = (weakref.ref(storage, ended), number)
         self.log.sizes[number] = size
         self.log.events.append((number, size))
         return number
 
+    def stop(self) -> None:
+        """Log nothing from here on."""
+        self.log = Log(list(self.log.events), list(self.log.marks), dict(self.log.sizes))
+        self._alive = {}
+
     def mark(self, phase: str) -> None:
         """A phase of the step begins."""
         self.log.marks.append((phase, len(self.log.events)))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        packet = func._overloadpacket
+        formula = flop_registry.get(packet) or flop_registry.get(_OUT_OF_PLACE.get(packet))
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
         for item in (result,) if isinstance(result, Tensor) else tree_iter(result):
             if isinstance(item, Tensor):
                 self.adopt(item)
@@ -106,6 +119,9 @@ def cuda_rules():
     logits' dtype and a float32 copy; scaled dot-product attention is the memory-efficient kernel. The functions are
     replaced, not intercepted, because recomputation inside a backward runs outside of every function mode.
     """
+    if _stock.get() is not None:
+        yield
+        return
     functional = torch.nn.functional
     stock = {name: getattr(functional, name) for name in _REPLACED}
     token = _stock.set(stock)
@@ -145,4 +161,4 @@ _REPLACED = {
     "cross_entropy": _cross_entropy,
     "scaled_dot_product_attention": _attention,
 }
-_stock: ContextVar[dict] = ContextVar("bwsk_stock_functionals")
+_stock: ContextVar[dict | None] = ContextVar("bwsk_stock_functionals", default=None)

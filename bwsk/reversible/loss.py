@@ -23,9 +23,10 @@ from bwsk.errors import BwskError
 from bwsk.reversible.dropout import acts_as_cuda
 from bwsk.reversible.guard import refuse_double_backward
 
-# Elements of one block of rows: 8 MiB in float32, of which at most three are alive.
-BLOCK = 1 << 21
-CHUNK = 1 << 22
+# At least this many blocks of rows never pay: beyond, blocks grow with the batch.
+MOST_BLOCKS = 64
+# Rows of one chunk of the head without logits: 128 rows of a T5 vocabulary are 16 MiB, of which two are alive.
+CHUNK_ROWS = 128
 
 
 def _holders(x: Tensor) -> int:
@@ -65,13 +66,16 @@ class CrossEntropyNode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, whole: Tensor, labels: Tensor, ignore_index: int, scores_dtype: torch.dtype, wide: bool):
+    def forward(
+        ctx, whole: Tensor, labels: Tensor, ignore_index: int, scores_dtype: torch.dtype, wide: bool, width: int
+    ):
         kept = whole.detach()
         logits = kept.view(-1, kept.shape[-1])
-        n, vocabulary = logits.shape
+        n = logits.shape[0]
+        ctx.rows = block_rows(n, width)
         picked = torch.empty((n, 1), dtype=scores_dtype, device=logits.device)
         safe = torch.where(labels == ignore_index, 0, labels)
-        for rows in _blocks(n, vocabulary, BLOCK):
+        for rows in _blocks(n, ctx.rows):
             scores = torch.log_softmax(logits[rows].to(scores_dtype), -1)
             picked[rows] = scores.gather(1, safe[rows, None])
             del scores
@@ -90,8 +94,8 @@ class CrossEntropyNode(torch.autograd.Function):
         alone = type(kept) is not Tensor or 0 <= _holders(kept) <= _sole_holders()
         result = kept if alone else torch.empty_like(kept)
         logits, out = kept.view(-1, kept.shape[-1]), result.view(-1, kept.shape[-1])
-        n, vocabulary = logits.shape
-        for rows in _blocks(n, vocabulary, BLOCK):
+        n = logits.shape[0]
+        for rows in _blocks(n, ctx.rows):
             scores = torch.log_softmax(logits[rows].to(ctx.dtype), -1)
             wide = scores.to(torch.float32) if ctx.wide else scores
             g_scores = torch.ops.aten.nll_loss_backward(g, wide, labels[rows], None, 1, ctx.ignore_index, weight)
@@ -100,16 +104,28 @@ class CrossEntropyNode(torch.autograd.Function):
             del g_scores, scores
             out[rows] = g_logits
             del g_logits
-        return result, None, None, None, None
+        return result, None, None, None, None, None
 
 
-def _blocks(n: int, vocabulary: int, elements: int):
-    step = max(1, elements // max(vocabulary, 1))
+def block_rows(n: int, width: int) -> int:
+    """Rows per block: the three temporaries of a block (rows, V) take no more than the gradient of the table (V, width)
+    that follows them, so they cost nothing at the peak."""
+    return max(1, width // 3, -(-n // MOST_BLOCKS))
+
+
+def chunk_rows(n: int) -> int:
+    """Rows per chunk of the head without logits."""
+    return max(CHUNK_ROWS, -(-n // MOST_BLOCKS))
+
+
+def _blocks(n: int, step: int):
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, width: int, ignore_index: int = -100) -> Tensor:
     """`F.cross_entropy(…)` of contiguous logits (..., V) and labels (n,): the same bits, one copy of the logits.
+
+    `width` is that of the hidden states that the logits come from; blocks are as large as is free (`block_rows`).
 
     Under autocast the device decides: on CUDA the stock loss rounds the log-probabilities to the logits' dtype before
     it sums them in float32, on the CPU it works in float32 throughout. This one does what the stock loss does.
@@ -119,7 +135,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
         wide = True
         if not acts_as_cuda(logits) or _widens_first(logits.device, dtype):
             dtype = torch.float32
-    return CrossEntropyNode.apply(logits, labels, ignore_index, dtype, wide)
+    return CrossEntropyNode.apply(logits, labels, ignore_index, dtype, wide, width)
 
 
 @cache
@@ -143,7 +159,7 @@ class ChunkedNode(torch.autograd.Function):
         g_x = torch.empty_like(rows_x)
         g_table = torch.zeros_like(table)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        for rows in _blocks(rows_x.shape[0], table.shape[0], CHUNK):
+        for rows in _blocks(rows_x.shape[0], chunk_rows(rows_x.shape[0])):
             logits = rows_x[rows].mm(table.t())
             top = logits.amax(1, keepdim=True)
             picked = logits.gather(1, safe[rows, None])

@@ -330,7 +330,7 @@ def _with_loss(model: nn.Module, stock: Any, labels: Tensor | None, kwargs: dict
     if chunked:
         loss = chunked_cross_entropy(found.pop("logits"), _table(head), labels)
     else:
-        loss = cross_entropy(found["logits"], labels)
+        loss = cross_entropy(found["logits"], labels, head.in_features)
     return type(outputs)(loss=loss, **found)
 
 
@@ -348,6 +348,12 @@ def _stacks(model: nn.Module) -> list[nn.Module]:
 
 def _is_stock(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformers.models.")
+
+
+def prefix(model: nn.Module) -> str:
+    """What the module names of the stacks begin with: "" or, under a classification head, "transformer."."""
+    names = {id(m): n for n, m in model.named_modules()}
+    return min(names[id(stack)] for stack in _stacks(model)).removesuffix("encoder").removesuffix("decoder")
 
 
 def sublayers(model: nn.Module) -> dict[str, nn.Module]:
@@ -396,7 +402,7 @@ def _rule_of_feed(name: str, layer: nn.Module, level: str) -> Rule:
 def install(model: nn.Module, levels: dict[str, str], head: str) -> list[nn.Module]:
     """Set the forwards. `levels`: sublayer or block name to level; `head`: "exact", "chunked" or "stock".
 
-    Returns the modules touched, for `uninstall`. Raises `BwskError`, before touching anything, on modules that are
+    Returns the modules touched. Raises `BwskError`, before touching anything, on modules that are
     not stock.
     """
     todo: list[tuple[nn.Module, Any, Rule]] = []
@@ -451,10 +457,3 @@ def _head_rules(model: nn.Module, head: str) -> list[tuple[nn.Module, Any, Rule]
     method = functools.wraps(type(model).forward)(conditional)
     found.append((model, method, Rule(head, (model.lm_head,), chain=chain)))
     return found
-
-
-def uninstall(modules: list[nn.Module]) -> None:
-    """Take the forwards off again."""
-    for module in modules:
-        module.__dict__.pop("forward", None)
-        module.__dict__.pop("_bwsk", None)

@@ -1,0 +1,183 @@
+"""`make_reversible`: plan what a training step keeps, set it up on the model, and take it off again."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from bwsk.errors import BwskError
+from bwsk.reversible.plan import MIB, NAMED, Budget, Plan, solve
+
+# The batch that a named budget is planned for when none is given: the published study's.
+DEFAULT_SHAPE = (4, 256, 256)
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass
+class Reversible:
+    """A model whose training steps follow `plan`; `undo()` gives the stock model back."""
+
+    model: nn.Module
+    plan: Plan
+    _touched: list[nn.Module] = field(default_factory=list, repr=False)
+
+    def undo(self) -> nn.Module:
+        """Restore the stock forward of every module; returns the model. Calling it again does nothing."""
+        for module in self._touched:
+            module.__dict__.pop("forward", None)
+            module.__dict__.pop("_bwsk", None)
+        self._touched.clear()
+        return self.model
+
+
+def make_reversible(
+    model: nn.Module,
+    budget: str | float | None = "fast",
+    *,
+    batch: int | None = None,
+    input_length: int | None = None,
+    target_length: int | None = None,
+    precision: str = "fp32",
+) -> Reversible:
+    """Make the training steps of a stock Hugging Face model keep less for their backward, in place.
+
+    `budget`:
+    - "fast": everything that costs at most 2 % more FLOPs; gradients are the same bits.
+    - "balanced": at most 3 % more FLOPs, and a loss head that never makes the logits (outputs.logits is None while
+      training); gradients are as exact as the stock ones, not the same bits. Under autocast the head is the exact one.
+    - "max": the lowest peak, for about a forward pass more; the same bits.
+    - a size such as "900 MiB" or "8 GB", or a fraction of the stock step's peak such as 0.6: the fewest FLOPs found
+      that stay within it; needs the shape of a batch, `batch`, `input_length` and `target_length` (tokens).
+
+    `precision`: "fp32", "bf16" or "fp16" (autocast), which the sizes of the plan depend on. Weights, state_dict,
+    save_pretrained, eval mode and generate are untouched. Raises `BwskError` when the model cannot be done or the
+    budget cannot be met.
+    """
+    from bwsk.reversible import t5
+
+    _check_model(model)
+    shape = _shape(budget, batch, input_length, target_length)
+    if not t5.is_family(model):
+        from bwsk.reversible.general import install_general
+
+        return install_general(model, budget, shape, precision)
+    plan = plan_t5(model.config, budget, shape, precision, prefix=t5.prefix(model), model=model)
+    return Reversible(model, plan, t5.install(model, plan.levels, plan.head.kind))
+
+
+def _check_model(model: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        hint = "call it on the model inside, before wrapping it" if inner is not None else "pass a transformers model"
+        raise BwskError(f"make_reversible: found {type(model).__name__}, not a transformers model; {hint}")
+    if any(hasattr(module, "_bwsk") for module in model.modules()):
+        raise BwskError("make_reversible: this model already is; call undo() on the handle first")
+    if getattr(model, "is_gradient_checkpointing", False):
+        raise BwskError(
+            "make_reversible: gradient checkpointing is on; call model.gradient_checkpointing_disable() first"
+        )
+
+
+def _shape(budget: Any, batch: int | None, input_length: int | None, target_length: int | None):
+    given = (batch, input_length)
+    if given == (None, None) and target_length is None:
+        if isinstance(budget, str) and budget in NAMED:
+            return DEFAULT_SHAPE
+        raise BwskError(
+            f"budget {budget!r}: how much fits depends on the batch; give batch=, input_length= (and target_length=)"
+        )
+    if None in given:
+        raise BwskError("make_reversible: give batch= and input_length= together (and target_length=), or neither")
+    for name, value in (("batch", batch), ("input_length", input_length), ("target_length", target_length)):
+        if value is not None and value < 1:
+            raise BwskError(f"{name}: must be at least 1, found {value}")
+    return batch, input_length, target_length or input_length
+
+
+def parse_budget(budget: str | float | None, stock_peak) -> Budget:
+    """The budget that is meant; `stock_peak()` gives the stock step's peak in bytes, for fractions."""
+    if isinstance(budget, str) and budget in NAMED:
+        return NAMED[budget]
+    if isinstance(budget, str):
+        text = budget.strip()
+        try:
+            budget = float(text)
+        except ValueError:
+            found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?b)", text.lower())
+            if found is None:
+                raise BwskError(
+                    f"budget: found {text!r}; give fast, balanced, max, a fraction such as 0.6 or a size such as 900MiB"
+                ) from None
+            return Budget(text, cap=int(float(found[1]) * _UNITS[found[2]]))
+    if isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0.0 < budget <= 1.0:
+        return Budget(f"{budget:g} of the stock peak", cap=int(budget * stock_peak()))
+    raise BwskError(f"budget: found {budget!r}; a number must be a fraction in (0, 1], a size needs a unit (900MiB)")
+
+
+def plan_t5(
+    config: Any, budget: Any, shape: tuple[int, int, int], precision: str, prefix: str = "", model: Any = None
+) -> Plan:
+    """The plan for a T5 config: `shape` is (batch, input tokens, target tokens)."""
+    from bwsk.reversible import t5_costs
+
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise BwskError(f"precision: found {precision!r}, must be one of fp32, bf16, fp16")
+    sizes = t5_costs.Shape(*shape, element=4 if precision == "fp32" else 2)
+    parameters = t5_costs.parameters(config)
+    base = 12 * parameters
+
+    def stock_peak() -> float:
+        from bwsk.memory import predict_memory
+
+        step = dict(zip(("batch", "input_length", "target_length"), shape, strict=True))
+        return predict_memory(config if model is None else model, precision=precision, **step).peak_mib * MIB
+
+    asked = parse_budget(budget, stock_peak)
+    kind = asked.head if precision == "fp32" else "exact"
+    units = t5_costs.units(config, sizes, prefix)
+    plan = Plan(
+        asked,
+        units,
+        [0] * len(units),
+        t5_costs.head(config, sizes, kind),
+        base,
+        t5_costs.describe(config, sizes, prefix),
+        "bit-identical" if kind == "exact" else "loss head as exact as the stock one, not the same bits",
+    )
+    solve(plan, asked.cap, asked.flops)
+    if asked.cap is not None and plan.peak > asked.cap:
+        raise BwskError(
+            f"budget {asked.name}: this step cannot go below {plan.peak / MIB:.0f} MiB (weights, gradients and "
+            f"AdamW states alone are {16 * parameters / MIB:.0f} MiB); allow more, or make the batch smaller"
+        )
+    return plan
+
+
+def curve(config: Any, shape: tuple[int, int, int], precision: str = "fp32", points: int = 12) -> list[Plan]:
+    """Plans along the trade-off between memory and FLOPs, from the least redone to the lowest peak."""
+    from bwsk.reversible import t5_costs
+
+    sizes = t5_costs.Shape(*shape, element=4 if precision == "fp32" else 2)
+    units = t5_costs.units(config, sizes)
+    first = Plan(
+        Budget("curve"),
+        units,
+        [0] * len(units),
+        t5_costs.head(config, sizes, "exact"),
+        12 * t5_costs.parameters(config),
+    )
+    lowest = solve(_copy(first), None, None)
+    found = [first]
+    for i in range(1, points):
+        cap = first.peak - (first.peak - lowest.peak) * i // (points - 1)
+        found.append(solve(_copy(first), cap, None))
+    return found
+
+
+def _copy(plan: Plan) -> Plan:
+    return Plan(plan.budget, plan.units, list(plan.picks), plan.head, plan.base, plan.describe, plan.guarantee)

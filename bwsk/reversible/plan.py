@@ -1,0 +1,197 @@
+"""What a training step keeps for its backward and what it redoes, and how much memory that takes over time.
+
+A backward frees activations and fills gradients. With u = 1 … n units (blocks) in forward order, kept bytes K_u,
+gradient bytes G_u and working memory T_u, and B the memory that is always there (weights, optimizer states, …), the
+peak of a step is the largest of
+
+    head:        B + Σ K_u + (loss head)
+    unit i:      B + Σ_{u ≤ i} K_u + Σ_{u > i} G_u + (head's gradient) + T_i
+    end:         B + Σ G_u + (head's gradient)
+
+so the memory for what is kept shrinks as the backward goes on: activations of the first units count until the end,
+those of the last ones only at its start. A budget is solved under that time-varying cap: as long as the largest of
+these exceeds it, the choice that frees most bytes per FLOP among the units alive at that moment is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run a unit: kept bytes, FLOPs redone, working memory of its backward, and the levels that do it."""
+
+    kept: int
+    flops: int
+    work: int
+    levels: tuple[tuple[str, str], ...]  # (module, level)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A block: its choices from most to least kept, the bytes of its gradients, the FLOPs of its forward."""
+
+    name: str
+    choices: tuple[Choice, ...]
+    gradients: int
+    forward: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """The loss head: bytes at the backward's start, of which its weight's gradient stays; kept during the forward."""
+
+    kind: str
+    kept: int
+    peak: int
+    gradient: int
+    forward: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was asked for: a cap in bytes, or a cap on FLOPs as a fraction of a step; `head` is exact or chunked."""
+
+    name: str
+    cap: int | None = None
+    flops: float | None = None
+    head: str = "exact"
+
+
+NAMED = {
+    "fast": Budget("fast", flops=0.02),
+    "balanced": Budget("balanced", flops=0.03, head="chunked"),
+    "max": Budget("max"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation of the plan: what it is, its verdict, what becomes of its result, bytes and FLOPs."""
+
+    module: str
+    operation: str
+    verdict: str
+    action: str  # "kept", "redone", "residue" or "passes through"
+    kept: int
+    flops: int
+
+
+@dataclass
+class Plan:
+    """Levels per module and the predicted course of memory; all sizes in bytes."""
+
+    budget: Budget
+    units: Sequence[Unit]
+    picks: list[int]
+    head: Head
+    base: int
+    describe: Callable[[Plan], list[Row]] | None = None
+    guarantee: str = "bit-identical"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def choices(self) -> list[Choice]:
+        """The choice made for each unit, in forward order."""
+        return [unit.choices[pick] for unit, pick in zip(self.units, self.picks, strict=True)]
+
+    @property
+    def levels(self) -> dict[str, str]:
+        """Module name to level."""
+        return {module: level for choice in self.choices for module, level in choice.levels}
+
+    @property
+    def kept(self) -> int:
+        """Bytes kept from forward to backward, the loss head's included."""
+        return sum(choice.kept for choice in self.choices) + self.head.kept
+
+    @property
+    def step_flops(self) -> int:
+        """FLOPs of a step that redoes nothing: forward and twice that for the backward."""
+        return 3 * (sum(unit.forward for unit in self.units) + self.head.forward)
+
+    @property
+    def extra_flops(self) -> int:
+        return sum(choice.flops for choice in self.choices)
+
+    @property
+    def overhead(self) -> float:
+        """FLOPs redone as a fraction of the step's."""
+        return self.extra_flops / self.step_flops if self.step_flops else 0.0
+
+    def course(self) -> list[tuple[str, int]]:
+        """Memory at each moment of the backward that can be the peak: (moment, bytes)."""
+        moments, kept = [], sum(choice.kept for choice in self.choices)
+        gradients = self.head.gradient
+        moments.append(("loss head", self.base + kept + self.head.kept + self.head.peak))
+        for unit, choice in zip(reversed(self.units), reversed(self.choices), strict=True):
+            moments.append((unit.name, self.base + kept + gradients + choice.work))
+            kept -= choice.kept
+            gradients += unit.gradients
+        moments.append(("end", self.base + gradients))
+        return moments
+
+    @property
+    def peak(self) -> int:
+        """The largest of `course`, bytes."""
+        return max(size for _, size in self.course())
+
+    def rows(self) -> list[Row]:
+        """The operations with their verdicts, for people."""
+        return self.describe(self) if self.describe else []
+
+
+def solve(plan: Plan, cap: int | None, flops: float | None) -> Plan:
+    """Lower the peak of `plan` in place until it is within `cap` bytes, or until another FLOP would exceed `flops`.
+
+    Greedy on bytes per FLOP under the time-varying cap; with neither limit it goes as low as it can.
+    """
+    limit = None if flops is None else flops * plan.step_flops
+    while cap is None or plan.peak > cap:
+        course = plan.course()
+        worst = max(range(len(course)), key=lambda i: course[i][1])
+        alive = len(plan.units) if worst == 0 else len(plan.units) - (worst - 1)
+        move = _best_move(plan, alive, working=worst - 1 if worst else None, limit=limit)
+        if move is None:
+            break
+        before, (unit, pick) = plan.peak, move
+        old, plan.picks[unit] = plan.picks[unit], pick
+        if plan.peak > before:
+            plan.picks[unit] = old
+            break
+    return plan
+
+
+def _best_move(plan: Plan, alive: int, working: int | None, limit: float | None) -> tuple[int, int] | None:
+    """The choice that frees most bytes per FLOP among the first `alive` units.
+
+    `working`: the unit whose backward is running at the peak, counted from the end; for it working memory counts too.
+    """
+    spent, best, score = plan.extra_flops, None, 0.0
+    running = None if working is None else len(plan.units) - 1 - working
+    for u in range(min(alive, len(plan.units))):
+        now = plan.units[u].choices[plan.picks[u]]
+        for pick, choice in enumerate(plan.units[u].choices):
+            freed, cost = now.kept - choice.kept, choice.flops - now.flops
+            if u == running:
+                freed += now.work - choice.work
+            if freed <= 0 or (limit is not None and spent + cost > limit):
+                continue
+            value = freed / max(cost, 1)
+            if value > score:
+                best, score = (u, pick), value
+    return best
+
+
+@cache
+def verdict(kind: str, **facts: object) -> str:
+    """The S/K verdict and residue of the strict rules for one kind of operation, such as "K: one bit per element"."""
+    from bwsk.rules import Subject, rule_set
+
+    rule = rule_set("strict").decide(Subject(kind, facts))
+    return "GRAY" if rule is None else f"{rule.verdict.value}: {rule.residue.value}"
