@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bwsk.rules import Subject
+from bwsk.witness import fixed_draws
 
 _PROBE_ELEMENTS = 1 << 23  # stand-in parameters of more elements than this are not made
 
@@ -157,8 +158,7 @@ class _Probe:
 
 def _by_probe(module: nn.Module) -> Subject:
     # The grid of numbers is fixed; what is drawn comes from a private copy of the generator.
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(0)
+    with torch.no_grad(), fixed_draws():
         try:
             probe = _Probe(module)
         except ValueError:

@@ -335,11 +335,12 @@ class Operator:
         return out if self.pick is None else out[self.pick]
 
     def subject(self, *inputs: Tensor) -> Subject:
-        """Its kind, with `inputs` as data and all else fixed."""
+        """Its kind, with `inputs` as data and all else fixed; how it was found is the operator's name."""
         data = {id(t) for t in inputs}
         args = self._arguments(inputs)
         out = self.func(*args, **self.kwargs)
-        return identify_call(self.func, args, self.kwargs, out, lambda t: Role.DATA if id(t) in data else Role.FIXED)
+        subject = identify_call(self.func, args, self.kwargs, out, lambda t: Role.DATA if id(t) in data else Role.FIXED)
+        return Subject(subject.kind, subject.facts, operator_name(self.func))
 
 
 def kinds_dispatched(function: Callable[[Tensor], Any], x: Tensor) -> list[tuple[str, str]]:

@@ -6,7 +6,8 @@ what the verdict is, what residue must be kept to get the input back, why, and w
 The line between S and K: an operation is **S** when its input can be got back from its output and a residue that does
 not grow with the elements of a row (nothing, an RNG state, scalars per row), and **K** when there are different inputs
 with one output that only a residue per element tells apart. A rule whose witness does not show its verdict cannot be
-registered: `RuleSet.register` runs the witness and refuses.
+registered: `RuleSet.register` runs the witness and refuses. The built-in sets hold many more rules than a model needs,
+so they run a rule's witnesses when it first decides something: no verdict is ever given by a rule without evidence.
 """
 
 from __future__ import annotations
@@ -118,44 +119,66 @@ class RuleSet:
         self.name = name
         self.opinion = opinion
         self.rules: dict[str, list[Rule]] = {}
+        self._proven: set[int] = set()  # ids of rules whose witnesses have held
 
-    def register(self, rule: Rule) -> Rule:
-        """Check `rule`'s evidence and add it; raises `BwskError` when the kind is unknown or a witness fails."""
+    def register(self, rule: Rule, *, prove: bool = True) -> Rule:
+        """Check `rule`'s evidence and add it; raises `BwskError` when the kind is unknown or a witness fails.
+
+        With `prove=False` the witnesses themselves run when the rule is first used, or in `prove`.
+        """
         if rule.kind not in KINDS and not _operator_exists(rule.kind):
             raise BwskError(f"rule for {rule.kind!r}: no such kind or operator; kinds are {', '.join(KINDS)}")
-        try:
-            self._admit(rule)
-        except WitnessError as error:
-            raise BwskError(f"rule {rule.name} = {rule.verdict} in {self.name!r}: {error}") from None
+        self._check(rule, self._fits)
+        if prove:
+            self._check(rule, self._prove)
         self.rules.setdefault(rule.kind, []).append(rule)
         return rule
 
-    def _admit(self, rule: Rule) -> None:
+    def prove(self) -> None:
+        """Run the witnesses of all rules; raises `BwskError` for the first that fails."""
+        for rule in self:
+            self._check(rule, self._prove)
+
+    def _check(self, rule: Rule, test: Callable[[Rule], None]) -> None:
+        try:
+            test(rule)
+        except WitnessError as error:
+            raise BwskError(f"rule {rule.name} = {rule.verdict} in {self.name!r}: {error}") from None
+
+    def _fits(self, rule: Rule) -> None:
+        """The witnesses are of the type that the verdict needs, with its residue."""
         shown = {w.verdict for w in rule.witnesses}
         needed = {Verdict.S, Verdict.K} if rule.verdict is Verdict.GRAY else {rule.verdict}
         if shown != needed:
             have = "/".join(sorted(shown)) or "no"
             raise WitnessError(f"needs witnesses for {'/'.join(sorted(needed))} and has {have} witness")
-        if not self.opinion and rule.verdict is not Verdict.GRAY:
-            if rule.residue.vanishing != (rule.verdict is Verdict.S):
-                raise WitnessError(f"a residue of '{rule.residue}' is not what {rule.verdict} means")
+        strict = not self.opinion
+        if strict and rule.verdict is not Verdict.GRAY and rule.residue.vanishing != (rule.verdict is Verdict.S):
+            raise WitnessError(f"a residue of '{rule.residue}' is not what {rule.verdict} means")
         for witness in rule.witnesses:
-            if not self.opinion and witness.saturates:
+            if strict and witness.saturates:
                 raise WitnessError(f"{witness.name} shows rounding, which is no erasure")
             if witness.verdict is rule.verdict and witness.residue is not rule.residue:
                 raise WitnessError(f"{witness.name} shows a residue of '{witness.residue}', not '{rule.residue}'")
+
+    def _prove(self, rule: Rule) -> None:
+        """The witnesses are of the rule's kind, within its condition, and hold when they run."""
+        for witness in rule.witnesses:
             subject = subject_of(witness)
-            if rule.kind in KINDS and subject.kind != rule.kind:
-                raise WitnessError(f"{witness.name} is a specimen of {subject.kind}")
+            if rule.kind not in (subject.kind, subject.how):
+                raise WitnessError(f"{witness.name} is a specimen of {subject.kind}, by {subject.how}")
             if not rule.when(subject.facts):
                 raise WitnessError(f"{witness.name} lies outside of the condition '{rule.condition}'")
             witness.check()
+        self._proven.add(id(rule))
 
     def decide(self, subject: Subject, operator: str | None = None) -> Rule | None:
         """The rule that applies, or None. A rule for the operator itself goes before one for its kind."""
         for key in (operator, subject.kind):
             for rule in self.rules.get(key, ()) if key else ():
                 if rule.when(subject.facts):
+                    if id(rule) not in self._proven:
+                        self._check(rule, self._prove)
                     return rule
         return None
 

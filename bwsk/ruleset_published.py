@@ -25,7 +25,7 @@ def build() -> RuleSet:
     def add(kind: str, verdict: Verdict, residue: Residue, witnesses: str | tuple[Specimen, ...], reason: str,
             condition: str = "always", when: Callable[[Facts], bool] = _always) -> None:  # fmt: skip
         shown = tuple(BY_NAME[w] for w in witnesses.split("; ")) if isinstance(witnesses, str) else witnesses
-        rules.register(Rule(kind, verdict, residue, reason, _SOURCE, shown, condition, when))
+        rules.register(Rule(kind, verdict, residue, reason, _SOURCE, shown, condition, when), prove=False)
 
     add("linear", S, NOTHING, "linear 4->4; linear 4->8", "a projection preserves information")
     add("embedding", S, NOTHING, "embedding", "a lookup is injective")

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from bwsk.witness import Residue, Specimen, run
+from bwsk.witness import Residue, Specimen, fixed_draws, run
 
 F64 = torch.float64
 
@@ -31,7 +31,7 @@ def _fill(module: nn.Module, g: Generator) -> nn.Module:
 
 def _module(build: Callable[[], nn.Module]) -> Callable[[Generator], nn.Module]:
     def make(g: Generator) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global generator
+        with fixed_draws():  # torch's own initialisation draws from the global generator
             return _fill(build(), g)
 
     return make
