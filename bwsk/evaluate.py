@@ -115,6 +115,25 @@ def report(result: dict[str, Any], json_file: Path | None) -> None:
         write_json(json_file, result)
 
 
+def metrics(result: dict[str, Any], trained: dict[str, Any]) -> dict[str, float]:
+    """The few figures of a variant that versions are compared by; `trained` is its training_results.json.
+
+    What was not measured is left out: there is no peak memory on a CPU.
+    """
+    validation, test = result["splits"]["validation"], result["splits"]["test"]
+    figures = {
+        "validation_perplexity": validation["published_perplexity"],
+        "test_perplexity": test["published_perplexity"],
+        "test_token_perplexity": test["token_perplexity"],
+        "test_bits_per_byte": test["bits_per_byte"],
+        "train_loss": trained["final_train_loss"],
+        "steps": trained["total_steps"],
+        "step_time_ms": trained["step_time_ms"],
+        "peak_memory_mb": trained["peak_memory_mb"],
+    }
+    return {name: value for name, value in figures.items() if value is not None}
+
+
 def _measure(
     model: torch.nn.Module,
     stream: Any,

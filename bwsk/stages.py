@@ -127,7 +127,8 @@ class _Graph:
                     "evaluate",
                     f"build/evaluation/{variant}.json",
                     deps=[f"results/{variant}", "build/tokens"],
-                    metrics=[f"build/evaluation/{variant}.json"],
+                    outs=[f"build/evaluation/{variant}.json"],
+                    metrics=[f"build/metrics/{variant}.json"],
                 )
             ),
             "results": self._stage(

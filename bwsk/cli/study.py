@@ -61,21 +61,25 @@ def evaluate(
     max_windows: Annotated[int | None, typer.Option(help="Only the first windows (--text).", min=1)] = None,
     params_file: Annotated[Path | None, typer.Option("--params", help="Evaluate a variant of this study.")] = None,
     tokens: Annotated[Path, typer.Option(help="The study's tokens (--params).")] = Path("build/tokens"),
+    metrics: Annotated[Path | None, typer.Option(help="Also write the figures to compare by here (--params).")] = None,
     gpus: Annotated[int, typer.Option(help="GPU slots of this job; 0 evaluates on the CPU.", min=0)] = 1,
 ) -> None:
     """Perplexity of a saved model: on any text (--text), or on a study's validation and test split (--params)."""
     from bwsk.errors import BwskError
-    from bwsk.evaluate import evaluate_text, evaluate_variant, report
+    from bwsk import evaluate as evaluation
+    from bwsk.files import read_json, write_json
     from bwsk.params import EvaluateParams, load_params
 
     if (text is None) == (params_file is None):
         raise BwskError("evaluate: give either --text FILE or --params FILE")
     if text is not None:
         settings = EvaluateParams(batch_size=batch_size, max_windows=max_windows)
-        result = evaluate_text(model, text, tokenizer or model, window, stride, settings, gpus)
+        result = evaluation.evaluate_text(model, text, tokenizer or model, window, stride, settings, gpus)
     else:
-        result = evaluate_variant(load_params(params_file), model, tokens, gpus)
-    report(result, json_file)
+        result = evaluation.evaluate_variant(load_params(params_file), model, tokens, gpus)
+        if metrics is not None:
+            write_json(metrics, evaluation.metrics(result, read_json(model / "training_results.json")))
+    evaluation.report(result, json_file)
 
 
 @app.command()

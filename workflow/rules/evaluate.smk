@@ -9,7 +9,8 @@ rule evaluate:
         tokens=collect("build/tokens/{split}.npy", split=["validation", "test"]),
         counts="build/tokens/tokens.json",
     output:
-        "build/evaluation/{variant}.json",
+        evaluation="build/evaluation/{variant}.json",
+        metrics="build/metrics/{variant}.json",
     log:
         "build/logs/evaluate-{variant}.log",
     benchmark:
@@ -25,4 +26,4 @@ rule evaluate:
         "Evaluate {wildcards.variant} on validation and test"
     shell:
         "bwsk evaluate results/{wildcards.variant} --params params.yaml --tokens build/tokens"
-        " --json {output} --gpus {resources.gpu} &> {log}"
+        " --json {output.evaluation} --metrics {output.metrics} --gpus {resources.gpu} &> {log}"
