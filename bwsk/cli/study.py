@@ -65,8 +65,8 @@ def evaluate(
     gpus: Annotated[int, typer.Option(help="GPU slots of this job; 0 evaluates on the CPU.", min=0)] = 1,
 ) -> None:
     """Perplexity of a saved model: on any text (--text), or on a study's validation and test split (--params)."""
-    from bwsk.errors import BwskError
     from bwsk import evaluate as evaluation
+    from bwsk.errors import BwskError
     from bwsk.files import read_json, write_json
     from bwsk.params import EvaluateParams, load_params
 
