@@ -25,3 +25,19 @@ def stages(
         graph.check(study)
     else:
         typer.echo(f"wrote {graph.write(study)}")
+
+
+@app.command()
+def restore(study: Study = _HERE) -> None:
+    """Pull a study's outputs with DVC and tell Snakemake that they are up to date; names what is missing."""
+    from bwsk import versions
+
+    versions.restore(study, typer.echo)
+
+
+@app.command()
+def record(study: Study = _HERE) -> None:
+    """Take over into DVC what Snakemake made, without running it again; refuses what is incomplete or stale."""
+    from bwsk import versions
+
+    versions.record(study, typer.echo)
