@@ -1,0 +1,213 @@
+"""Training: the recipe is the published one, the modes agree to the bit, and an interruption leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from bwsk.errors import BwskError
+from bwsk.files import sha256_file
+from bwsk.params import Params
+from bwsk.schedule import Schedule
+from bwsk.tokens import blocks, load_tokens
+from bwsk.train import Inputs, Run
+from tests.tiny import make_inputs, write_params
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study")
+    make_inputs(path)
+    return path
+
+
+def inputs(study: Path) -> Inputs:
+    build = study / "build"
+    return Inputs(build / "tokens", build / "tokenizer", build / "base", build / "analysis" / "census.json")
+
+
+def trained(study: Path, params: Params, variant: str, out: Path, say=lambda text: None) -> dict:
+    run = Run(params, variant, inputs(study), out / "checkpoints", CPU, say)
+    run.run()
+    return run.finish(out / variant, out / "curves" / variant)
+
+
+def without_times(results: dict) -> dict:
+    kept = {key: value for key, value in results.items() if "time" not in key and key != "tokens_per_s"}
+    if kept["erasure_curve"]:
+        kept["erasure_curve"] = [
+            {key: value for key, value in entry.items() if key != "seconds"}
+            for entry in kept["erasure_curve"]
+        ]
+    return kept
+
+
+@pytest.mark.parametrize("init", ["finetune", "scratch"])
+def test_modes_of_an_init_give_the_same_weights_and_curves(study: Path, tmp_path: Path, init: str) -> None:
+    params = write_params(study)
+    results = {mode: trained(study, params, f"{init}-{mode}", tmp_path) for mode in params.variants.modes}
+    weights = {sha256_file(tmp_path / f"{init}-{mode}" / "model.safetensors") for mode in results}
+    assert len(weights) == 1
+    for key in ("train_loss_curve", "val_perplexity_curve", "best_val_metric", "test_metric", "final_train_loss"):
+        assert len({json.dumps(result[key]) for result in results.values()}) == 1, key
+    assert results["conventional"]["erasure_budget"] is None
+    assert results["bwsk-analyzed"]["erasure_budget"] == 0.3
+    assert [entry["step"] for entry in results["bwsk-analyzed"]["erasure_curve"]] == [4, 8, 12]
+
+
+def test_inits_differ_and_training_lowers_the_loss(study: Path, tmp_path: Path) -> None:
+    params = write_params(study, max_steps=60, lr_scratch=3.0e-3, lr_finetune=3.0e-3)
+    scratch = trained(study, params, "scratch-conventional", tmp_path)
+    finetune = trained(study, params, "finetune-conventional", tmp_path)
+    assert scratch["provenance"]["weights_sha256"] != finetune["provenance"]["weights_sha256"]
+    for result in (scratch, finetune):
+        assert result["train_loss_curve"][-1] < result["train_loss_curve"][0] - 0.5
+
+
+def test_the_loop_is_a_plain_loop(study: Path, tmp_path: Path) -> None:
+    """The same recipe written with nothing but torch and transformers gives the same bits."""
+    params = write_params(study, max_steps=6)
+    trained(study, params, "finetune-conventional", tmp_path)
+    ours = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "finetune-conventional")
+
+    train = params.train
+    model = AutoModelForSeq2SeqLM.from_pretrained(study / "build" / "base", attn_implementation="eager").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=train.weight_decay, fused=True)
+    token_blocks = blocks(load_tokens(study / "build" / "tokens", "train"), params.tokens.block)
+    schedule = Schedule(train, len(token_blocks))
+    torch.manual_seed(params.seed)
+    for step in range(6):
+        batch = torch.from_numpy(token_blocks[schedule.batch(step, params.seed)].astype(np.int64))
+        optimizer.param_groups[0]["lr"] = train.lr_finetune * schedule.lr_factor(step)
+        model(input_ids=batch[:, :16], labels=batch[:, 16:].contiguous(), use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, expected), (_, found) in zip(model.named_parameters(), ours.named_parameters(), strict=True):
+        assert torch.equal(expected, found), name
+
+
+@pytest.mark.parametrize("variant", ["finetune-bwsk-analyzed", "scratch-bwsk-reversible"])
+def test_a_run_stopped_anywhere_ends_with_the_same_bytes(study: Path, tmp_path: Path, variant: str) -> None:
+    params = write_params(study)
+    whole = trained(study, params, variant, tmp_path / "whole")
+    for stop in (1, 3, 7, 11):
+        out = tmp_path / f"stopped-{stop}"
+        run = Run(params, variant, inputs(study), out / "checkpoints", CPU, lambda text: None)
+        original = run._step
+
+        def killed(run: Run = run, original=original, stop: int = stop) -> None:
+            if run.state.step == stop:
+                raise KeyboardInterrupt  # like SIGKILL: no chance to write anything
+            original()
+
+        run._step = killed
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+        said: list[str] = []
+        resumed = trained(study, params, variant, out, said.append)
+        assert any("resuming" in line for line in said) == (stop >= 3)
+        assert without_times(resumed) == without_times(whole)
+        assert sha256_file(out / variant / "model.safetensors") == sha256_file(
+            tmp_path / "whole" / variant / "model.safetensors"
+        )
+
+
+def command(study: Path, out: Path, variant: str) -> list[str]:
+    build = study / "build"
+    return [
+        *(sys.executable, "-m", "bwsk", "train", variant, "--params", str(study / "params.yaml")),
+        *("--tokens", str(build / "tokens"), "--tokenizer", str(build / "tokenizer"), "--base", str(build / "base")),
+        *("--census", str(build / "analysis" / "census.json"), "--checkpoints", str(out / "checkpoints")),
+        *("--out", str(out / variant), "--gpus", "0"),
+    ]
+
+
+def test_sigterm_writes_a_checkpoint_and_the_same_command_continues(study: Path, tmp_path: Path) -> None:
+    variant = "scratch-conventional"
+    params = write_params(study, max_steps=400, checkpoint_every=100_000, eval_every=100_000)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command(study, tmp_path, variant), stderr=subprocess.PIPE, text=True, env=environment)
+    for line in process.stderr:
+        if "step (" in line:  # the first line of progress: training is under way
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM: stopped after step" in errors
+    assert not (tmp_path / variant).exists()
+    assert len(list((tmp_path / "checkpoints" / variant).glob("*/step-*"))) == 1
+    again = subprocess.run(command(study, tmp_path, variant), capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "resuming after step" in again.stderr
+    whole = trained(study, params, variant, tmp_path / "whole")
+    assert whole["provenance"]["weights_sha256"] == sha256_file(tmp_path / variant / "model.safetensors")
+
+
+def test_early_stopping_keeps_the_best_and_stops_after_patience(study: Path, tmp_path: Path) -> None:
+    # A rate that makes things worse: the first validation stays the best.
+    params = write_params(study, max_steps=40, lr_scratch=0.5, warmup=0.0, eval_every=2, patience=3)
+    result = trained(study, params, "scratch-conventional", tmp_path)
+    best = int(np.argmin(result["val_perplexity_curve"]))
+    assert result["early_stopped"]
+    assert result["best_step"] == result["val_steps"][best]
+    assert len(result["val_steps"]) - 1 - best == 3
+    assert result["best_val_metric"] == min(result["val_perplexity_curve"])
+    assert result["total_steps"] < 40
+
+
+def test_a_changed_parameter_starts_over_and_changing_it_back_resumes(study: Path, tmp_path: Path) -> None:
+    variant, checkpoints = "scratch-conventional", tmp_path / "checkpoints"
+    params = write_params(study)
+    run = Run(params, variant, inputs(study), checkpoints, CPU, print)
+    run._step()
+    run._collect(0.0)
+    run._checkpoint()
+    said: list[str] = []
+    Run(write_params(study, lr_scratch=1.0e-4), variant, inputs(study), checkpoints, CPU, said.append)
+    assert not said
+    Run(write_params(study), variant, inputs(study), checkpoints, CPU, said.append)
+    assert said == ["resuming after step 1 of 12"]
+
+
+def test_bfloat16_trains_and_float16_on_the_cpu_is_refused(study: Path, tmp_path: Path) -> None:
+    result = trained(study, write_params(study, precision="bfloat16", max_steps=4), "scratch-conventional", tmp_path)
+    assert np.isfinite(result["final_train_loss"])
+    with pytest.raises(BwskError, match=r"train\.precision: found float16, which needs a CUDA device"):
+        trained(study, write_params(study, precision="float16"), "scratch-conventional", tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_with_one_line(study: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "study"
+    shutil.copytree(study, broken)
+    params = write_params(broken)
+    run = Run(params, "finetune-conventional", inputs(broken), tmp_path / "checkpoints", CPU, print)
+    with torch.no_grad():
+        run.model.shared.weight[5:].fill_(float("nan"))
+    with pytest.raises(BwskError, match="the loss is not finite at step 2") as error:
+        run.run()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_beyond_the_models_vocabulary_are_refused(study: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "study"
+    shutil.copytree(study, broken)
+    config = broken / "build" / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 150}))
+    with pytest.raises(BwskError, match="the model's vocabulary has 150"):
+        Run(write_params(broken), "scratch-conventional", inputs(broken), tmp_path / "c", CPU, print)
