@@ -125,7 +125,10 @@ def test_embedded_splits_are_whole_and_share_no_paragraph(tmp_path: Path) -> Non
 
 
 def write(name: str, data: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(data) and None
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(data)
+
+    return change
 
 
 def replace_by_parquet(table: dict[str, list[object]]) -> Callable[[Path], None]:
