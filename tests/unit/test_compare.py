@@ -1,0 +1,120 @@
+"""`bwsk compare`: two studies, two files, two git revisions, two revisions that DVC keeps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bwsk.compare import Change, changes, load_side
+from bwsk.errors import BwskError
+from bwsk.files import read_json, write_json
+
+
+def altered(root: Path, seed: int, loss: float) -> None:
+    value = read_json(root / "results/results.json")
+    value["parameters"]["seed"] = seed
+    value["variants"]["scratch-conventional"]["final_train_loss"] = loss
+    write_json(root / "results/results.json", value)
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
+    names = {"GIT_AUTHOR_NAME": "a", "GIT_COMMITTER_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_EMAIL": "a@b"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**environment, **names})
+
+
+def bwsk(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", "bwsk", *arguments, cwd=cwd)
+
+
+def test_what_differs_is_listed_and_what_does_not_is_not(study: Path, editable: Path) -> None:
+    a = load_side(str(study), Path())
+    assert changes(a, load_side(str(study / "results"), Path())) == []
+    altered(editable, seed=4, loss=2.0)
+    found = changes(a, load_side(str(editable / "results/results.json"), Path()))
+    before = a["variants"]["scratch-conventional"]["final_train_loss"]
+    assert found == [
+        Change("parameters", "seed", 3, 4),
+        Change("scratch-conventional", "final_train_loss", before, 2.0),
+    ]
+    assert found[1].relative == pytest.approx((2.0 - before) / before)
+
+
+def test_a_variant_that_only_one_side_has_is_compared_with_nothing(study: Path) -> None:
+    a = load_side(str(study), Path())
+    b = {**a, "variants": {name: figures for name, figures in a["variants"].items() if name != "scratch-conventional"}}
+    found = {change.name: change for change in changes(a, b)}
+    assert found["best_val_metric"].b is None
+    assert found["weights"].relative is None
+
+
+def test_the_command_prints_a_table(study: Path, editable: Path) -> None:
+    same = bwsk("compare", str(study), str(study), cwd=editable)
+    assert same.returncode == 0
+    assert "no difference" in same.stdout
+    altered(editable, seed=4, loss=2.0)
+    done = bwsk("compare", str(study), ".", cwd=editable)
+    assert done.returncode == 0, done.stderr
+    for part in ("parameters", "seed", "scratch-conventional", "final_train_loss", "2.0000", " %"):
+        assert part in done.stdout
+
+
+def test_revisions_of_git(editable: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    (repository / "sub").mkdir(parents=True)
+    shutil.copytree(editable / "results", repository / "sub/results", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert run("git", "init", "-q", ".", cwd=repository).returncode == 0
+    for loss in (1.0, 2.0):
+        altered(repository / "sub", seed=3, loss=loss)
+        run("git", "add", "-A", cwd=repository)
+        assert run("git", "commit", "-qm", "results", cwd=repository).returncode == 0
+    done = bwsk("compare", "HEAD~1", "HEAD", cwd=repository / "sub")
+    assert done.returncode == 0, done.stderr
+    assert "+100.00 %" in done.stdout
+    assert "seed" not in done.stdout
+    with_directory = bwsk("compare", "HEAD~1", "sub", "--study", "sub", cwd=repository)
+    assert "+100.00 %" in with_directory.stdout
+
+
+def test_revisions_that_dvc_keeps(editable: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "results").mkdir()
+    dvc = str(Path(sys.executable).with_name("dvc"))
+    assert run("git", "init", "-q", ".", cwd=repository).returncode == 0
+    assert run(dvc, "init", "-q", cwd=repository).returncode == 0
+    for loss in (1.0, 2.0):
+        shutil.copyfile(editable / "results/results.json", repository / "results/results.json")
+        altered(repository, seed=3, loss=loss)
+        added = run(dvc, "add", "-q", "results/results.json", cwd=repository)
+        assert added.returncode == 0, added.stderr
+        run("git", "add", "-A", cwd=repository)
+        assert run("git", "commit", "-qm", "results", cwd=repository).returncode == 0
+    done = bwsk("compare", "HEAD~1", "HEAD", cwd=repository)
+    assert done.returncode == 0, done.stderr
+    assert "+100.00 %" in done.stdout
+    shutil.rmtree(repository / ".dvc/cache")
+    lost = bwsk("compare", "HEAD~1", "HEAD", cwd=repository)
+    assert lost.returncode == 1
+    assert lost.stderr.startswith("bwsk: error: HEAD~1: neither git nor DVC has results/results.json there")
+    assert len(lost.stderr.splitlines()) == 1
+
+
+def test_a_side_that_is_nothing_is_refused(study: Path, tmp_path: Path) -> None:
+    with pytest.raises(BwskError, match=r"a directory without results\.json"):
+        load_side(str(tmp_path), Path())
+    with pytest.raises(BwskError, match="in no git repository"):
+        load_side("v1.0", tmp_path)
+    other = tmp_path / "other.json"
+    other.write_text('{"a": 1}')
+    with pytest.raises(BwskError, match=r"not the results\.json of a study"):
+        load_side(str(other), tmp_path)
+    run("git", "init", "-q", ".", cwd=tmp_path)
+    for name in ("no-such-revision", "--output=x"):
+        with pytest.raises(BwskError, match="neither a directory with results nor a git revision"):
+            load_side(name, tmp_path)
