@@ -347,7 +347,7 @@ def kinds_dispatched(function: Callable[[Tensor], Any], x: Tensor) -> list[tuple
     """Kind and strict verdict of every operator on the data's way through `function(x)`."""
     from bwsk.ruleset_strict import primitives
 
-    rules, found = primitives(), []
+    found: list[tuple[Subject, str]] = []
     roles: dict[int, Role] = {id(x): Role.DATA}
     alive: list[Any] = [x]  # a freed tensor's id would be used again
 
@@ -362,10 +362,11 @@ def kinds_dispatched(function: Callable[[Tensor], Any], x: Tensor) -> list[tuple
                     roles[id(t)] = role
                     alive.append(t)
             if subject.kind not in ("constant", "random"):
-                rule = rules.decide(subject, operator_name(func))
-                found.append((subject.kind, str(rule.verdict) if rule else "GRAY"))
+                found.append((subject, operator_name(func)))
             return out
 
     with torch.no_grad(), Recorder():
         function(x)
-    return found
+    # Decided out here, where nothing is recorded any more: rules run their witnesses.
+    rules = [(subject.kind, primitives().decide(subject, operator)) for subject, operator in found]
+    return [(kind, str(rule.verdict) if rule else "GRAY") for kind, rule in rules]

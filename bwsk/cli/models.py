@@ -127,3 +127,96 @@ def _print_census(source: str, name: str, chosen: Any, other: Any) -> None:
         console.print(
             f"Not seen: {len(chosen.outside)} parameters outside of leaf modules ({shown}).", style="dim", markup=False
         )
+
+
+@app.command()
+def trace(
+    model: str = MODEL,
+    batch: int = typer.Option(4, "--batch", help="Samples in a batch."),
+    input_length: int = typer.Option(256, "--input", help="Tokens of an input sequence."),
+    target_length: int = typer.Option(256, "--target", help="Tokens of a target sequence (encoder-decoder models)."),
+    autocast: str | None = typer.Option(None, "--autocast", metavar="bf16|fp16", help="Trace under autocast."),
+    devices: int = typer.Option(2, "--devices", help="Also cut the forward pass into this many stages."),
+    rules: str = typer.Option("strict", "--rules", help="Rule set that decides: strict or published."),
+    training: bool = TRAIN,
+    json: Path | None = JSON,
+    figure: Path | None = typer.Option(None, "--figure", metavar="FILE", help="Draw what crosses the barriers."),
+    strict: bool = STRICT,
+) -> None:
+    """List the operations of a training step, its S-phases and barriers, and a cut over devices. No weights needed."""
+    from bwsk.calm import analyse, partition
+    from bwsk.operations import trace as trace_of
+
+    result = trace_of(
+        model, batch=batch, input_length=input_length, target_length=target_length, autocast=autocast,
+        training=training, rules=rules,
+    )  # fmt: skip
+    calm = analyse(result)
+    cuts = partition(result, devices, calm)
+    if json:
+        _write(json, {"source": model} | result.to_dict() | {"calm": calm.to_dict(), "partition": cuts.to_dict()})
+    if figure:
+        from bwsk.skmap import draw_barriers
+
+        draw_barriers(result, calm, figure)
+    _print_trace(model, result, calm, cuts)
+    _gray(result.unknown(), strict)
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def _print_trace(source: str, result: Any, calm: Any, cuts: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    setting = result.setting
+    shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in setting["inputs"].items())
+    precision = f"{setting['autocast']} autocast" if setting["autocast"] else "no autocast"
+    console.print(
+        f"[bold]{result.model}[/] ({source}), {setting['mode']} step, {precision}, {setting['device']} operators"
+    )
+    console.print(shapes, style="dim")
+    table = Table(title=f"forward operators, {result.rules} rules", title_justify="left")
+    for heading in ("", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("operator", "kind"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("GFLOP", "MiB moved", "MiB saved"):
+        table.add_column(heading, justify="right")
+    for row in result.by_operator():
+        mark = _mark(row["verdict"])
+        if row["published"] and row["published"] != row["strict"]:
+            other = row["published"] if result.rules == "strict" else row["strict"]
+            mark += f" [dim]({other})[/]"
+        cells = (f"{row['flops'] / 1e9:,.2f}", _mib(row["bytes"]), _mib(row["saved_bytes"]))
+        table.add_row(mark, str(row["count"]), row["operator"].removeprefix("aten::"), row["kind"], *cells)
+    console.print(table)
+    other = "published" if result.rules == "strict" else "strict"
+    console.print(f"In brackets: the verdict of the {other} rules where it differs.", style="dim")
+
+    table = Table(show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    backward = result.backward or {}
+    lines = [
+        ("S / K / GRAY operations", f"{result.s} / {result.k} / {result.gray} of {result.total}"),
+        ("S share by count, FLOPs, bytes", ", ".join(_percent(calm.s_share[w]) for w in ("count", "flops", "bytes"))),
+        ("saved for backward, MiB", _mib(result.saved_bytes)),
+        ("backward: operators, GFLOP", f"{backward.get('operations', 0):,}, {backward.get('flops', 0) / 1e9:,.2f}"),
+        ("S-phases", f"{len(calm.phases)}"),
+        ("barriers (of them pointwise)", f"{len(calm.barriers)} ({sum(b.pointwise for b in calm.barriers)})"),
+        ("longest chain of barriers", f"{len(calm.chain)}"),
+        ("work / longest path by FLOPs", "-" if calm.width["flops"] is None else f"{calm.width['flops']:.2f}"),
+        (
+            f"{cuts.devices} devices: balance, cut MiB",
+            f"{cuts.balance:.3f}, {_mib(sum(cuts.cut_bytes))}" if cuts.balance else "-",
+        ),
+    ]
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    if result.unknown():
+        console.print("GRAY: " + ", ".join(result.unknown()), style="yellow", markup=False)
