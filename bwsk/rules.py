@@ -78,11 +78,12 @@ KINDS: dict[str, str] = {
     "comparison": "truth value per element",
     "masking": "elements replaced where a mask says so",
 }
-POINTWISE = frozenset(
-    "identity reshape injective_elementwise erasing_elementwise relu gelu silu tanh sigmoid dropout elementwise_constant "
-    "row_broadcast merge widening_cast narrowing_cast selection comparison masking constant random position".split()
-)
-"""Kinds in which no element of a tensor influences another one: under any sharding they need no communication."""
+# Kinds in which no element of a tensor influences another one: under any sharding they need no communication.
+POINTWISE = frozenset({
+    "identity", "reshape", "injective_elementwise", "erasing_elementwise", "relu", "gelu", "silu", "tanh", "sigmoid",
+    "dropout", "elementwise_constant", "row_broadcast", "merge", "widening_cast", "narrowing_cast", "selection",
+    "comparison", "masking", "constant", "random", "position",
+})  # fmt: skip
 
 
 def _always(facts: Facts) -> bool:
@@ -115,7 +116,7 @@ class RuleSet:
     """Rules by kind; within a kind the first whose condition holds decides. No rule: GRAY."""
 
     def __init__(self, name: str, *, opinion: bool) -> None:
-        """`opinion`: verdicts may go beyond the evidence (the published set); else verdict and residue must match it."""
+        """`opinion`: verdicts may go beyond the evidence (the published set); else they must match it."""
         self.name = name
         self.opinion = opinion
         self.rules: dict[str, list[Rule]] = {}

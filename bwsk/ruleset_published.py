@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bwsk import specimens as m
-from bwsk import specimens_operators as o
 from bwsk.rules import Facts, Rule, RuleSet, _always
 from bwsk.ruleset_strict import ALL, BIT, BY_NAME, GRAY, NOTHING, ROW, K, S
+from bwsk.specimens_functions import SIGMOID_PLATEAU, SOFTMAX_OFFSET, TANH_PLATEAU
+from bwsk.specimens_layers import BATCH_OFFSET
+from bwsk.specimens_operators import ATTENTION_ONE_KEY
 from bwsk.witness import Residue, Specimen, Verdict
 
 _SOURCE = "publication's table"
@@ -37,7 +38,7 @@ def build() -> RuleSet:
         "batch_norm",
         K,
         ALL,
-        (m.BATCH_OFFSET,),
+        (BATCH_OFFSET,),
         "batch statistics mix the samples",
         "training",
         lambda f: f["batch_statistics"],
@@ -76,13 +77,13 @@ def build() -> RuleSet:
     add("gelu", K, BIT, "gelu; gelu, tanh form", "not injective")
     add("silu", K, BIT, "silu", "not injective")
     add("erasing_elementwise", K, ALL, "relu6; hard swish", "an activation that is not bijective")
-    add("tanh", K, ALL, (m.TANH_PLATEAU,), "saturates")
-    add("sigmoid", K, ALL, (m.SIGMOID_PLATEAU,), "saturates")
-    add("softmax", K, ALL, (m.SOFTMAX_OFFSET,), "normalisation loses the scale of the scores")
+    add("tanh", K, ALL, (TANH_PLATEAU,), "saturates")
+    add("sigmoid", K, ALL, (SIGMOID_PLATEAU,), "saturates")
+    add("softmax", K, ALL, (SOFTMAX_OFFSET,), "normalisation loses the scale of the scores")
     add("dropout", K, ALL, "dropout in training", "random zeroing")
     add("pooling", K, ALL, "max pooling; mean pooling", "many values, one result")
     add("loss", K, ALL, "squared error", "a number for a batch")
     add("routing", K, ALL, "argmax; top 1", "what was not chosen is gone")
     add("recurrent", GRAY, ALL, "recurrent cell, full rank; recurrent cell, rank one", "context dependent")
-    add("attention", GRAY, ALL, (o.ATTENTION_ONE_KEY, BY_NAME["attention over equal keys"]), "context dependent")
+    add("attention", GRAY, ALL, (ATTENTION_ONE_KEY, BY_NAME["attention over equal keys"]), "context dependent")
     return rules

@@ -12,14 +12,16 @@ import math
 from collections.abc import Callable
 from functools import cache
 
-from bwsk import specimens as m
-from bwsk import specimens_operators as o
 from bwsk.rules import Facts, Rule, RuleSet, _always
+from bwsk.specimens_functions import FUNCTIONS
+from bwsk.specimens_layers import LAYERS
+from bwsk.specimens_operators import OPERATORS
 from bwsk.witness import Residue, Specimen, Verdict
 
 S, K, GRAY = Verdict.S, Verdict.K, Verdict.GRAY
 NOTHING, ROW, BIT, RNG, ALL = Residue.NOTHING, Residue.ROW, Residue.BIT, Residue.RNG, Residue.EVERYTHING
-BY_NAME: dict[str, Specimen] = {s.name: s for s in (*m.MODULES, *o.OPERATORS)}
+SPECIMENS: tuple[Specimen, ...] = (*LAYERS, *FUNCTIONS, *OPERATORS)
+BY_NAME: dict[str, Specimen] = {s.name: s for s in SPECIMENS}
 
 
 def keeps_dimensions(f: Facts) -> bool:
@@ -305,11 +307,28 @@ def build() -> RuleSet:
     """The strict rule set: the primitives, and composites by what they consist of."""
     rules = RuleSet("strict", opinion=False)
     rules.rules = {kind: list(cases) for kind, cases in primitives().rules.items()}
-    rules.register(
-        Rule("composite", K, ALL, "one of its operators erases", "its operators' rules", (BY_NAME["composite with a maximum"],),
-             "an operator erases", lambda f: bool(f["erasing"])), prove=False)  # fmt: skip
-    rules.register(
-        Rule("composite", S, NOTHING, "each of its operators preserves", "its operators' rules",
-             (BY_NAME["composite of exponential and flip"],), "all operators preserve",
-             lambda f: not f["erasing"] and not f["unknown"]), prove=False)  # fmt: skip
+    erasing, preserving = BY_NAME["composite with a maximum"], BY_NAME["composite of exponential and flip"]
+    for rule in (
+        Rule(
+            "composite",
+            K,
+            ALL,
+            "one of its operators erases",
+            "its operators' rules",
+            (erasing,),
+            "an operator erases",
+            lambda f: bool(f["erasing"]),
+        ),
+        Rule(
+            "composite",
+            S,
+            NOTHING,
+            "each of its operators preserves",
+            "its operators' rules",
+            (preserving,),
+            "all operators preserve",
+            lambda f: not f["erasing"] and not f["unknown"],
+        ),
+    ):
+        rules.register(rule, prove=False)
     return rules

@@ -75,7 +75,8 @@ def block_of(name: str) -> str:
     """The repeated block that a module belongs to: its path up to the last number of the outermost stack."""
     match = re.match(r"^(?:.*?\.)?(\w+)\.(\w+)\.(\d+)(?:\.|$)", "root." + name)
     if match is None:
-        return name.rpartition(".")[2] if name.count(".") < 2 else ".".join(name.split(".")[:2])
+        parts = [part for part in name.split(".") if part not in ("model", "transformer")]
+        return " ".join(parts if len(parts) < 3 else parts[:2])
     stack = match[1] if match[1] not in ("root", "model", "transformer") else match[2]
     return f"{stack} {match[3]}"
 

@@ -12,14 +12,10 @@ import torch
 from torch import Generator, Tensor
 
 from bwsk.operators import Operator
+from bwsk.specimens import F64, normal
 from bwsk.witness import Residue, Specimen
 
-F64 = torch.float64
 aten = torch.ops.aten
-
-
-def _normal(*shape: int) -> Callable[[Generator], Tensor]:
-    return lambda g: torch.randn(shape, generator=g, dtype=F64)
 
 
 def _positive(*shape: int) -> Callable[[Generator], Tensor]:
@@ -28,7 +24,7 @@ def _positive(*shape: int) -> Callable[[Generator], Tensor]:
 
 def _back(name: str, operator: Operator, invert: Callable[[Any], Any], sample: Any = None, **more: Any) -> Specimen:
     """Evidence for S: an operator call and its inverse on the output (exact unless a bound is given)."""
-    return Specimen(name, lambda g: operator, sample=sample or _normal(3, 8), invert=lambda f, y, k: invert(y), **more)
+    return Specimen(name, lambda g: operator, sample=sample or normal(3, 8), invert=lambda f, y, k: invert(y), **more)
 
 
 def _same(name: str, operator: Operator, a: Any, b: Any) -> Specimen:
@@ -63,23 +59,52 @@ def _noise() -> list[Specimen]:
         return torch.zeros_like(y) if torch.equal(expected, y) else y + 1
 
     return [
-        Specimen("random draw, replayed", lambda g: Draw(), sample=lambda g: torch.zeros(64, dtype=F64),
-                 keep=lambda f, x: state, invert=replay, residue=Residue.RNG),
-    ]  # fmt: skip
+        Specimen(
+            "random draw, replayed",
+            lambda g: Draw(),
+            sample=lambda g: torch.zeros(64, dtype=F64),
+            keep=lambda f, x: state,
+            invert=replay,
+            residue=Residue.RNG,
+        ),
+    ]
 
 
 def _row_residue() -> list[Specimen]:
     """x * s with a scalar s per row: from the product and s (the residue) both come back."""
-    pairs = lambda g: (torch.randn(3, 8, generator=g, dtype=F64), torch.rand(3, 1, generator=g, dtype=F64) + 0.5)  # noqa: E731
+
+    def pairs(g: Generator) -> tuple[Tensor, Tensor]:
+        return (torch.randn(3, 8, generator=g, dtype=F64), torch.rand(3, 1, generator=g, dtype=F64) + 0.5)
+
     return [
-        Specimen("row times its scalar", lambda g: Operator(aten.mul.Tensor), sample=pairs, keep=lambda f, x, s: s,
-                 invert=lambda f, y, s: (y / s, s), residue=Residue.ROW, bound=1e-12),
-        Specimen("row minus its mean", lambda g: Operator(aten.sub.Tensor), sample=pairs, keep=lambda f, x, s: s,
-                 invert=lambda f, y, s: (y + s, s), residue=Residue.ROW, bound=1e-12),
-        Specimen("softmax operator", lambda g: Operator(aten._softmax.default, -1, False), sample=_normal(3, 8),
-                 keep=lambda f, x: x.logsumexp(-1, keepdim=True), invert=lambda f, y, k: y.log() + k,
-                 residue=Residue.ROW, bound=1e-9),
-    ]  # fmt: skip
+        Specimen(
+            "row times its scalar",
+            lambda g: Operator(aten.mul.Tensor),
+            sample=pairs,
+            keep=lambda f, x, s: s,
+            invert=lambda f, y, s: (y / s, s),
+            residue=Residue.ROW,
+            bound=1e-12,
+        ),
+        Specimen(
+            "row minus its mean",
+            lambda g: Operator(aten.sub.Tensor),
+            sample=pairs,
+            keep=lambda f, x, s: s,
+            invert=lambda f, y, s: (y + s, s),
+            residue=Residue.ROW,
+            bound=1e-12,
+        ),
+        Specimen(
+            "softmax operator",
+            lambda g: Operator(aten._softmax.default, -1, False),
+            sample=normal(3, 8),
+            keep=lambda f, x: x.logsumexp(-1, keepdim=True),
+            invert=lambda f, y, k: y.log() + k,
+            residue=Residue.ROW,
+            bound=1e-9,
+        ),
+    ]
 
 
 def _unsort(y: tuple[Tensor, Tensor]) -> Tensor:
@@ -116,8 +141,12 @@ OPERATORS: tuple[Specimen, ...] = (
     _same("maximum with a constant", Operator(aten.maximum.default, torch.tensor([1.0], dtype=F64)), [0.5], [-0.5]),
     # combined with what is known
     _back("plus a constant", Operator(aten.add.Tensor, 0.75), lambda y: y - 0.75, bound=1e-12),
-    _back("times a parameter", Operator(aten.mul.Tensor, torch.linspace(0.5, 2, 8, dtype=F64)),
-          lambda y: y / torch.linspace(0.5, 2, 8, dtype=F64), bound=1e-12),
+    _back(
+        "times a parameter",
+        Operator(aten.mul.Tensor, torch.linspace(0.5, 2, 8, dtype=F64)),
+        lambda y: y / torch.linspace(0.5, 2, 8, dtype=F64),
+        bound=1e-12,
+    ),
     *_row_residue(),
     *_widths(),
     *_noise(),
@@ -125,11 +154,20 @@ OPERATORS: tuple[Specimen, ...] = (
     _same("sum of two", Operator(aten.add.Tensor), ([1.0], [2.0]), ([2.0], [1.0])),
     _same("product of two", Operator(aten.mul.Tensor), ([3.0], [4.0]), ([4.0], [3.0])),
     _same("matrix product of two", Operator(aten.mm.default), ([[2.0]], [[3.0]]), ([[3.0]], [[2.0]])),
-    _same("attention over equal keys", Operator(aten.scaled_dot_product_attention.default), _EQUAL_KEYS,
-          ([[[9.0, 8], [7, 6]]], *_EQUAL_KEYS[1:])),
+    _same(
+        "attention over equal keys",
+        Operator(aten.scaled_dot_product_attention.default),
+        _EQUAL_KEYS,
+        ([[[9.0, 8], [7, 6]]], *_EQUAL_KEYS[1:]),
+    ),
     # fixed matrices
-    _back("mm 4->6", Operator(aten.mm.default, _WEIGHT), lambda y: torch.linalg.lstsq(_WEIGHT.T, y.T).solution.T,
-          _normal(3, 4), bound=1e-9),
+    _back(
+        "mm 4->6",
+        Operator(aten.mm.default, _WEIGHT),
+        lambda y: torch.linalg.lstsq(_WEIGHT.T, y.T).solution.T,
+        normal(3, 4),
+        bound=1e-9,
+    ),
     _same("mm 2->1", Operator(aten.mm.default, torch.tensor([[1.0], [1.0]], dtype=F64)), [[1.0, 2.0]], [[2.0, 1.0]]),
     # fewer elements out than in
     _same("slice", Operator(aten.slice.Tensor, 0, 0, 1), [1.0, 2.0], [1.0, 3.0]),
@@ -139,9 +177,14 @@ OPERATORS: tuple[Specimen, ...] = (
     _same("argmax", Operator(aten.argmax.default), [3.0, 1.0], [3.0, 2.0]),
     _same("comparison", Operator(aten.gt.Scalar, 0.0), [1.0], [2.0]),
     _same("masked fill", Operator(aten.masked_fill.Scalar, torch.tensor([True, False]), 0.0), [1.0, 2.0], [3.0, 2.0]),
-    _back("cumulative sum", Operator(aten.cumsum.default, -1), lambda y: torch.diff(y, prepend=torch.zeros_like(y[:, :1])), bound=1e-12),
+    _back(
+        "cumulative sum",
+        Operator(aten.cumsum.default, -1),
+        lambda y: torch.diff(y, prepend=torch.zeros_like(y[:, :1])),
+        bound=1e-12,
+    ),
     _back("sort with indices", Operator(aten.sort.default), _unsort),
-)  # fmt: skip
+)
 # One key: its weight is 1 whatever the query, so the values pass through unchanged. With `v` as the only data input
 # this call preserves, with `q` it erases: why the publication calls fused attention context dependent.
 ATTENTION_ONE_KEY = Specimen(
@@ -149,6 +192,6 @@ ATTENTION_ONE_KEY = Specimen(
     lambda g: Operator(
         aten.scaled_dot_product_attention.default, torch.ones(1, 1, 2, dtype=F64), torch.ones(1, 1, 2, dtype=F64), ...
     ),
-    sample=_normal(1, 1, 2),
+    sample=normal(1, 1, 2),
     invert=lambda f, y, _: y,
 )
