@@ -171,11 +171,8 @@ def _dvc(place: Path) -> Finding:
         return Finding("DVC", "ok", "no default remote", "dvc remote add -d NAME URL, to push and pull results")
     parts = urlsplit(url)
     if parts.scheme in ("", "file") or len(parts.scheme) == 1:
-        # `dvc config` shows a relative path as it is written, relative to the folder of the config file.
-        path = Path(parts.path if parts.scheme == "file" else url)
-        root = _existing(place)
-        dvc_folder = next((up / ".dvc" for up in (root, *root.parents) if (up / ".dvc").is_dir()), root)
-        if (dvc_folder / path).is_dir():
+        # `dvc config --list` shows a relative path as an absolute one.
+        if Path(parts.path if parts.scheme == "file" else url).is_dir():
             return Finding("DVC", "ok", f"remote {remote}: {url}")
         return Finding("DVC", "warn", f"remote {remote}: {url} is not there", "mount it or dvc remote modify it")
     shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"

@@ -285,12 +285,12 @@ def _one_line(error: ValidationError) -> str:
     """The first of the errors as `key.path: found X, must …`; how many there are is said at the end."""
     errors = error.errors(include_url=False)
     # An unknown key is most often a misspelt one: say that first, it explains the 'missing' that goes with it.
-    first = min(errors, key=lambda entry: entry["type"] != "extra_forbidden")
+    first = min(errors, key=lambda entry: entry["type"] not in _UNKNOWN_KEY)
     location = first["loc"]
     section, path = _section(location) if first["type"] not in _NO_SOURCE else (Params, str(location[0]))
     found, kind, context = first["input"], first["type"], first.get("ctx", {})
     match kind:
-        case "extra_forbidden":
+        case "extra_forbidden" | "invalid_key":
             message = f"{path}: unknown key, must be one of {', '.join(section.model_fields)}"
         case "missing":
             message = f"{path}: missing, must be set"
@@ -312,6 +312,8 @@ def _one_line(error: ValidationError) -> str:
     return " ".join(message.split()) + (f" (and {more} more)" if more else "")
 
 
+# The second is a key that is no text, such as a number.
+_UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
 # A section whose `source` is unknown or missing: pydantic's location ends at the section.
 _NO_SOURCE = ("union_tag_invalid", "union_tag_not_found")
 
