@@ -35,6 +35,8 @@ def make_tokens(params: Params, corpus: Path, tokenizer: Path, out: Path) -> dic
     from bwsk.progress import progress
 
     loaded = load_tokenizer(tokenizer)
+    if not (tokenizer / "tokenizer.json").is_file():
+        raise BwskError(f"{tokenizer}: has no tokenizer.json; name what the tokenizer step made")
     vocab_size = vocabulary_size(loaded)
     dtype = token_dtype(vocab_size)
     corpus_info = read_json(corpus / "corpus.json").get("splits", {})

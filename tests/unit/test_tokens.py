@@ -129,6 +129,14 @@ def test_a_split_too_short_says_how_many_tokens_there_are(made: Path, tmp_path: 
         make_tokens(params, tmp_path / "corpus", made / "tokenizer", tmp_path / "out")
 
 
+def test_a_tokenizer_that_the_step_did_not_make(made: Path, tmp_path: Path) -> None:
+    from bwsk.tokenizer import _train
+
+    (tmp_path / "spiece.model").write_bytes(_train(read_rows(made / "corpus", "train"), 600))
+    with pytest.raises(BwskError, match=r"has no tokenizer\.json; name what the tokenizer step made"):
+        make_tokens(load_params(DEMO), made / "corpus", tmp_path, tmp_path / "out")
+
+
 def test_tampered_tokens_are_refused(made: Path, tmp_path: Path) -> None:
     import shutil
 
