@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from bwsk.errors import BwskError
@@ -51,9 +51,7 @@ class Prediction:
     input_length: int
     target_length: int | None
     budget: str | None = None
-    extra_flops: float | None = None
     predicted: bool = True
-    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON-ready mapping."""
@@ -255,6 +253,7 @@ def _materialise(model: Any) -> None:
 
 def _enable_checkpointing(model: Any) -> None:
     try:
+        # Named activation_checkpointing_enable in newer transformers, which still accept this name with a warning.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except (ValueError, NotImplementedError) as error:
         raise BwskError(

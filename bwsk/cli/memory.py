@@ -1,1 +1,97 @@
-"""Commands: memory."""
+"""Commands: plan and memory. Neither needs a GPU nor allocates a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from bwsk.cli.app import app
+
+_MODEL = typer.Argument(help="Hub id, local directory or config.json.", metavar="MODEL")
+_BATCH = typer.Option(4, "--batch", "-b", help="Sequences per step.")
+_INPUT = typer.Option(256, "--input", "-i", help="Input tokens per sequence.")
+_TARGET = typer.Option(None, "--target", "-t", help="Target tokens (encoder-decoder models) [default: as --input].")
+_PRECISION = typer.Option("fp32", "--precision", "-p", help="fp32, or float32 weights under autocast bf16 or fp16.")
+_JSON = typer.Option(None, "--json", help="Also write the result to this file.", metavar="FILE")
+
+
+@app.command()
+def plan(
+    model: str = _MODEL,
+    budget: str = typer.Option("fast", "--budget", help="fast, balanced, max, a fraction (0.6) or a size (900MiB)."),
+    batch: int = _BATCH,
+    input_length: int = _INPUT,
+    target_length: int = _TARGET,
+    precision: str = _PRECISION,
+    full: bool = typer.Option(False, "--full", help="List every block, not only the ones that differ."),
+    json: Path = _JSON,
+) -> None:
+    """What a reversible training step keeps, redoes and leaves a residue of, and the trade-off curve."""
+    from bwsk.architecture import load_config
+    from bwsk.cli.tables import plan_tables
+    from bwsk.reversible.handle import curve_of, plan_of
+
+    config = load_config(model)
+    shape = (batch, input_length, target_length or input_length)
+    found = plan_of(config, _number(budget), shape, precision)
+    points = curve_of(config, shape, precision)
+    plan_tables(config, found, points, shape, precision, full)
+    if json:
+        _write(json, {"model": model, "precision": precision, **found.to_json(), "curve": [p.point() for p in points]})
+
+
+@app.command()
+def memory(
+    model: str = _MODEL,
+    batch: int = _BATCH,
+    input_length: int = _INPUT,
+    target_length: int = _TARGET,
+    mode: str = typer.Option("conventional", "--mode", "-m", help="conventional, checkpoint or reversible."),
+    precision: str = _PRECISION,
+    budget: str = typer.Option(None, "--budget", help="Of mode reversible: fast, balanced, max, 0.6, 900MiB."),
+    optimizer: str = typer.Option(
+        None, "--optimizer", help="AdamW foreach, fused or loop [default: fused if reversible, else foreach]."
+    ),
+    attention: str = typer.Option("eager", "--attention", help="eager or sdpa."),
+    fit: str = typer.Option(None, "--fit", help="Does it fit into this (8GB)? And which batch would be the largest?"),
+    json: Path = _JSON,
+) -> None:
+    """Predicted peak memory of a training step by phase and kind, without a GPU."""
+    from bwsk.architecture import load_config
+    from bwsk.cli.tables import memory_table
+    from bwsk.memory import MIB, largest_batch, predict_memory
+    from bwsk.reversible.plan import size_in_bytes
+
+    config = load_config(model)
+    step = {
+        "input_length": input_length,
+        "target_length": target_length,
+        "mode": mode,
+        "precision": precision,
+        "budget": _number(budget),
+        "optimizer": optimizer,
+        "attention": attention,
+    }
+    limit = None if fit is None else size_in_bytes(fit) / MIB
+    found = predict_memory(config, batch=batch, **step)
+    largest = None if limit is None else largest_batch(config, limit, **step)
+    memory_table(model, found, limit, largest)
+    if json:
+        answer = (
+            {} if limit is None else {"limit_mib": limit, "fits": found.peak_mib <= limit, "largest_batch": largest}
+        )
+        _write(json, {"model_source": model, **found.to_json(), **answer})
+
+
+def _number(budget: str | None) -> str | float | None:
+    try:
+        return None if budget is None else float(budget)
+    except ValueError:
+        return budget
+
+
+def _write(path: Path, content: dict) -> None:
+    from bwsk.files import write_json
+
+    write_json(path, content)

@@ -44,7 +44,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     flat = mask.reshape(-1)
     if flat.numel() % 8:
         flat = torch.nn.functional.pad(flat, (0, 8 - flat.numel() % 8))
-    return flat.view(torch.int64).mul(_SPREAD).view(torch.uint8)[7::8].clone()
+    return flat.view(torch.int64).mul(_SPREAD).view(torch.uint8)[7::8].clone(memory_format=torch.contiguous_format)
 
 
 def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from bwsk.errors import BwskError
-from bwsk.reversible.plan import MIB, NAMED, Budget, Plan, solve
+from bwsk.reversible.plan import MIB, NAMED, Budget, Plan, size_in_bytes, solve
 
 # The batch that a named budget is planned for when none is given: the published study's.
 DEFAULT_SHAPE = (4, 256, 256)
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass
@@ -77,7 +75,7 @@ def _check_model(model: nn.Module) -> None:
         raise BwskError(f"make_reversible: found {type(model).__name__}, not a transformers model; {hint}")
     if any(hasattr(module, "_bwsk") for module in model.modules()):
         raise BwskError("make_reversible: this model already is; call undo() on the handle first")
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise BwskError(
             "make_reversible: gradient checkpointing is on; call model.gradient_checkpointing_disable() first"
         )
@@ -108,12 +106,12 @@ def parse_budget(budget: str | float | None, stock_peak) -> Budget:
         try:
             budget = float(text)
         except ValueError:
-            found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?b)", text.lower())
-            if found is None:
+            try:
+                return Budget(text, cap=size_in_bytes(text))
+            except BwskError:
                 raise BwskError(
                     f"budget: found {text!r}; give fast, balanced, max, a fraction such as 0.6 or a size such as 900MiB"
                 ) from None
-            return Budget(text, cap=int(float(found[1]) * _UNITS[found[2]]))
     if isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0.0 < budget <= 1.0:
         return Budget(f"{budget:g} of the stock peak", cap=int(budget * stock_peak()))
     raise BwskError(f"budget: found {budget!r}; a number must be a fraction in (0, 1], a size needs a unit (900MiB)")
@@ -158,19 +156,21 @@ def plan_t5(
     return plan
 
 
-def curve(config: Any, shape: tuple[int, int, int], precision: str = "fp32", points: int = 12) -> list[Plan]:
-    """Plans along the trade-off between memory and FLOPs, from the least redone to the lowest peak."""
-    from bwsk.reversible import t5_costs
+def plan_of(config: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
+    """The plan for a config of any supported architecture: `shape` is (batch, input tokens, target tokens)."""
+    from bwsk.reversible import t5
 
-    sizes = t5_costs.Shape(*shape, element=4 if precision == "fp32" else 2)
-    units = t5_costs.units(config, sizes)
-    first = Plan(
-        Budget("curve"),
-        units,
-        [0] * len(units),
-        t5_costs.head(config, sizes, "exact"),
-        12 * t5_costs.parameters(config),
-    )
+    if config.model_type in t5.FAMILY:
+        return plan_t5(config, budget, shape, precision)
+    from bwsk.reversible.general import plan_general
+
+    return plan_general(config, budget, shape, precision)
+
+
+def curve_of(config: Any, shape: tuple[int, int, int], precision: str = "fp32", points: int = 12) -> list[Plan]:
+    """Plans along the trade-off between memory and FLOPs, from the least redone to the lowest peak."""
+    first = plan_of(config, NAMED["fast"].name, shape, precision)
+    first.picks = [0] * len(first.units)
     lowest = solve(_copy(first), None, None)
     found = [first]
     for i in range(1, points):

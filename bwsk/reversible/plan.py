@@ -15,9 +15,13 @@ these exceeds it, the choice that frees most bytes per FLOP among the units aliv
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
+from typing import Any
+
+from bwsk.errors import BwskError
 
 MIB = 1 << 20
 
@@ -51,6 +55,17 @@ class Head:
     peak: int
     gradient: int
     forward: int
+
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of a size with a unit, such as "900 MiB" or "8GB"; raises `BwskError` otherwise."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?b|b)", text.strip().lower())
+    if found is None:
+        raise BwskError(f"size: found {text!r}; give a number and a unit, such as 900MiB or 8GB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 @dataclass(frozen=True)
@@ -140,6 +155,28 @@ class Plan:
     def peak(self) -> int:
         """The largest of `course`, bytes."""
         return max(size for _, size in self.course())
+
+    def point(self) -> dict[str, float]:
+        """This plan as a point of the trade-off curve."""
+        return {
+            "peak_mib": round(self.peak / MIB, 2),
+            "kept_mib": round(self.kept / MIB, 2),
+            "extra_flops": self.extra_flops,
+            "overhead": round(self.overhead, 5),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as a JSON-ready mapping."""
+        return {
+            "budget": self.budget.name,
+            "guarantee": self.guarantee,
+            "predicted": True,
+            **self.point(),
+            "step_flops": self.step_flops,
+            "levels": self.levels,
+            "head": self.head.kind,
+            "operations": [asdict(row) for row in self.rows()],
+        }
 
     def rows(self) -> list[Row]:
         """The operations with their verdicts, for people."""
