@@ -10,6 +10,8 @@ rule classify:
         "build/logs/classify.log",
     benchmark:
         "build/benchmarks/classify.tsv"
+    conda:
+        "bwsk"
     resources:
         mem_mb=2000,
         runtime="10m",

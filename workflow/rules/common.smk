@@ -1,6 +1,5 @@
 # What all rules share: the validated parameters, the variants, and the identity of a step.
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -11,14 +10,12 @@ from snakemake.utils import validate
 # The package beside the Snakefile, even where that of another checkout is installed: an experiment of DVC runs in a
 # copy of this one, whose source it records.
 sys.path.insert(0, str(workflow.basedir))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(workflow.basedir), os.environ.get("PYTHONPATH")]))
+# And the environment that runs Snakemake runs its jobs: `bwsk` is found also when no environment is activated.
+shell.prefix(f'export PYTHONPATH="{workflow.basedir}" PATH="{Path(sys.executable).parent}:$PATH"; ')
 
 from bwsk.errors import BwskError
 from bwsk.params import load_params
 from bwsk.provenance import identity
-
-# The environment that runs Snakemake runs its jobs: `bwsk` is found also when no environment is activated.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 try:
     PARAMS = load_params("params.yaml")
@@ -46,6 +43,19 @@ def params_identity(step):
 def train_identity(wildcards):
     """The same for the training of one variant, which reads its own learning rate alone."""
     return json.dumps(identity(PARAMS, "train", wildcards.variant), sort_keys=True)
+
+
+def initial_weights(wildcards):
+    """Fine-tuning starts from the base weights; from scratch only the base's configuration counts."""
+    return "build/base/model.safetensors" if wildcards.variant.startswith("finetune") else []
+
+
+def local_files(section, names):
+    """Files of a section's local directory, as inputs: an edit of them reruns the step. None for other sources."""
+    if section.source != "directory":
+        return []
+    # What is missing is for the step to say: it knows what would do instead.
+    return [str(file) for file in (Path(section.path) / name for name in names) if file.is_file()]
 
 
 onerror:

@@ -4,15 +4,6 @@
 from bwsk.base import FILES as BASE_FILES
 from bwsk.tokenizer import FILES as TOKENIZER_FILES
 
-
-def local_files(section, names):
-    """Files of a section's local directory, as inputs: an edit of them reruns the step. None for other sources."""
-    if section.source != "directory":
-        return []
-    # What is missing is for the step to say: it knows what would do instead.
-    return [str(file) for file in (Path(section.path) / name for name in names) if file.is_file()]
-
-
 TRAINS_TOKENIZER = PARAMS.tokenizer.source == "train"
 PRETRAINS_BASE = PARAMS.base.source == "pretrain"
 
@@ -27,6 +18,8 @@ rule corpus:
         "build/logs/corpus.log",
     benchmark:
         "build/benchmarks/corpus.tsv"
+    conda:
+        "bwsk"
     resources:
         mem_mb=4000,
         runtime="30m",
@@ -50,6 +43,8 @@ rule tokenizer:
         "build/logs/tokenizer.log",
     benchmark:
         "build/benchmarks/tokenizer.tsv"
+    conda:
+        "bwsk"
     resources:
         mem_mb=4000,
         runtime="30m",
@@ -75,6 +70,8 @@ rule tokens:
         "build/logs/tokens.log",
     benchmark:
         "build/benchmarks/tokens.tsv"
+    conda:
+        "bwsk"
     resources:
         mem_mb=4000,
         runtime="30m",
@@ -102,6 +99,8 @@ rule base:
         "build/logs/base.log",
     benchmark:
         "build/benchmarks/base.tsv"
+    conda:
+        "bwsk"
     threads: PARAMS.train.threads
     resources:
         mem_mb=8000,

@@ -15,6 +15,8 @@ rule evaluate:
         "build/logs/evaluate-{variant}.log",
     benchmark:
         "build/benchmarks/evaluate-{variant}.tsv"
+    conda:
+        "bwsk"
     threads: PARAMS.train.threads
     resources:
         gpu=1,

@@ -32,6 +32,8 @@ rule results:
         "build/logs/results.log",
     benchmark:
         "build/benchmarks/results.tsv"
+    conda:
+        "bwsk"
     params:
         identity=params_identity("results"),
     message:
@@ -61,6 +63,8 @@ rule card:
         "build/logs/card.log",
     benchmark:
         "build/benchmarks/card.tsv"
+    conda:
+        "bwsk"
     params:
         identity=params_identity("card"),
         # As a digest: an edit rewrites the card, a fresh checkout with its new timestamps does not.
@@ -83,6 +87,8 @@ rule check:
         "build/logs/check.log",
     benchmark:
         "build/benchmarks/check.tsv"
+    conda:
+        "bwsk"
     params:
         identity=params_identity("check"),
     message:

@@ -1,11 +1,6 @@
 # Train the variants: one job and one GPU slot each (`--resources gpu=0`: on the CPU).
 
 
-def initial_weights(wildcards):
-    """Fine-tuning starts from the base weights; from scratch only the base's configuration counts."""
-    return "build/base/model.safetensors" if wildcards.variant.startswith("finetune") else []
-
-
 rule train:
     input:
         tokens=collect("build/tokens/{split}.npy", split=SPLITS),
@@ -28,6 +23,8 @@ rule train:
         "build/logs/train-{variant}.log",
     benchmark:
         "build/benchmarks/train-{variant}.tsv"
+    conda:
+        "bwsk"
     threads: PARAMS.train.threads
     resources:
         gpu=1,
