@@ -52,11 +52,24 @@ class Table:
     saving: str
 
 
-def write_card(params: Params, results: dict[str, Any], study: Path, template: Path = TEMPLATE) -> Path:
-    """Render and check the card of the study in `study`, write it to `results/README.md` and return that path."""
+def write_card(
+    params: Params,
+    results: dict[str, Any],
+    trainings: dict[str, dict[str, Any]],
+    study: Path,
+    template: Path = TEMPLATE,
+) -> Path:
+    """Write the card of the study in `study`, `results/README.md`, and its figures; returns the card's path.
+
+    `trainings` are the training_results.json by variant. BwskError, with nothing written, if the template or the card
+    that comes of it is not sound.
+    """
+    from bwsk.figures import draw
+
     path = study / "results" / CARD
     text = render(params, results, template)
     check_header(text, results, path)
+    draw(results, trainings, study / "results" / "figures")
     write_text(path, text)
     return path
 
@@ -223,7 +236,7 @@ def _context(params: Params, results: dict[str, Any]) -> dict[str, Any]:
         "versions": next(iter(variants.values()))["provenance"]["versions"],
         "memory_absent": any(figures["peak_memory_mb"] is None for figures in variants.values()),
         "memory_predicted": any(peak is not None for peak in peaks[1::2]),
-        "verdicts": {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)},
+        "verdicts": ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)),
         "reasons": sorted({claim["reason"] for claim in results["claims"]}),
         "claim_value": _claim_value,
     }

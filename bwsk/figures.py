@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 from bwsk.files import atomic_directory
@@ -129,17 +130,9 @@ def _cost(results: dict[str, Any]) -> Figure:
         _bars(memory, variants, key, "MiB", "{:,.0f}")
         # float32 weights, their gradients and AdamW's two moments: no activation trick gets below.
         floor = 4 * 4 * results["base"]["parameters"] / _MIB
-        memory.axhline(floor, color="#666666", linewidth=0.9, linestyle=(0, (4, 3)))
-        memory.annotate(
-            "weights, gradients, optimizer",
-            (1.0, floor),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="right",
-            fontsize=7,
-            color="#444444",
-        )
+        outline = [withStroke(linewidth=2.6, foreground="white")]
+        memory.axhline(floor, color="#333333", linewidth=1.0, linestyle=(0, (4, 3)), path_effects=outline)
+        memory.set_xlabel(f"dashed: weights, gradients and optimizer alone ({floor:,.0f} MiB)", fontsize=8)
     time.set_title("Median time of a training step")
     _bars(time, variants, "step_time_ms", "ms", "{:,.1f}")
     _legend(picture, time)

@@ -68,6 +68,7 @@ def gather(params: Params, study: Path) -> dict[str, Any]:
     trainings = {name: current_training(params, study, name, inputs) for name in params.variant_names}
     evaluations = {name: current_evaluation(params, study, name, trainings[name]) for name in trainings}
     for name in trainings:
+        _same_windows(params, study, name, evaluations[name], inputs["tokens"])
         _agree(study, name, trainings[name], evaluations[name])
     corpus, tokens, base = inputs["corpus"], inputs["tokens"], inputs["base"]
     results: dict[str, Any] = {
@@ -142,6 +143,19 @@ def _all_there(params: Params, study: Path) -> None:
             f"{study / 'results'}: no {', '.join(missing)}; "
             f"pull what is missing (dvc pull) or train it: {force(targets)}"
         )
+
+
+def _same_windows(params: Params, study: Path, name: str, evaluation: dict[str, Any], tokens: dict[str, Any]) -> None:
+    """The evaluation's windows are those of the present tokens section: the token files do not depend on it."""
+    for split in ("validation", "test"):
+        there = tokens["splits"][split]["n_windows"]
+        wanted = min(there, params.evaluate.max_windows or there)
+        if (found := evaluation["splits"][split]["n_windows"]) != wanted:
+            path = f"build/evaluation/{name}.json"
+            raise BwskError(
+                f"{study / path}: stale, {found:,} windows of {split} where the parameters now give {wanted:,}; "
+                f"train and evaluate it again: {force(f'results/{name}/model.safetensors')}"
+            )
 
 
 def _agree(study: Path, name: str, training: dict[str, Any], evaluation: dict[str, Any]) -> None:

@@ -36,7 +36,6 @@ def card(
 ) -> None:
     """Write the model card results/README.md and its figures from results/results.json."""
     from bwsk import card as cards
-    from bwsk.figures import draw
     from bwsk.files import write_text
     from bwsk.layout import TEMPLATE
     from bwsk.params import load_params
@@ -46,8 +45,7 @@ def card(
     params = load_params(study / "params.yaml")
     collected = current_results(params, study, read_results(study))
     trainings = {name: current_training(params, study, name, None) for name in params.variant_names}
-    draw(collected, trainings, study / "results" / "figures")
-    path = cards.write_card(params, collected, study, template or TEMPLATE)
+    path = cards.write_card(params, collected, trainings, study, template or TEMPLATE)
     if html is not None:
         write_text(html, cards.html(path))
     print(f"model card: {path}")

@@ -91,15 +91,14 @@ def _make(root: Path, patch: pytest.MonkeyPatch) -> None:
         run.finish(Path("results") / name, build / "curves" / name)
         evaluation = evaluate_variant(params, Path("results") / name, build / "tokens", gpus=0)
         write_json(build / "evaluation" / f"{name}.json", evaluation)
-    _publish(params, Path())
+    publish(params, Path())
 
 
-def _publish(params: Params, root: Path) -> None:
+def publish(params: Params, root: Path) -> None:
+    """Collect the results of the study in `root` and write its card, whatever was done to its files before."""
     from bwsk.card import write_card
-    from bwsk.figures import draw
     from bwsk.staleness import current_training
 
     results = collect(params, root)
     trainings = {name: current_training(params, root, name, None) for name in params.variant_names}
-    draw(results, trainings, root / "results" / "figures")
-    write_card(params, results, root)
+    write_card(params, results, trainings, root)

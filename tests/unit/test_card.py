@@ -46,7 +46,7 @@ def test_the_published_study_s_card_has_the_page_s_sections_and_numbers() -> Non
     text = render(PARAMS, RESULTS)
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == SECTIONS
     assert "not the published study" not in text
-    assert "26 reproduced" in text
+    assert "28 published claims: 26 reproduced, 2 not reproduced.\n\nThe model," in text
     for row in (
         "| S-type (information-preserving) | 70.5% | 134 of 190 |",
         "| K-type (information-erasing) | 29.5% | 56 of 190 |",
@@ -171,16 +171,17 @@ def test_a_header_that_the_hub_would_refuse_is_refused_here(old: str, new: str, 
 
 
 def test_a_bad_template_is_one_line_and_leaves_the_card(editable: Path, params: Params, tmp_path: Path) -> None:
-    card = editable / "results/README.md"
-    before = card.read_bytes()
+    results = read_results(editable)
+    folder = editable / "results"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     template = tmp_path / "card.md.j2"
     for text, says in (("{% if %}", "line 1"), ("{{ nothing.there }}", "'nothing' is undefined")):
         template.write_text(text)
         with pytest.raises(BwskError, match=re.escape(says)):
-            write_card(params, read_results(editable), editable, template)
+            write_card(params, results, {}, editable, template)
     with pytest.raises(BwskError, match="cannot be read"):
-        write_card(params, read_results(editable), editable, tmp_path / "none.j2")
-    assert card.read_bytes() == before
+        write_card(params, results, {}, editable, tmp_path / "none.j2")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_durations_are_printed_as_published() -> None:

@@ -18,7 +18,7 @@ from bwsk.check import verify, write_checks
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file, write_json
 from bwsk.params import Params
-from bwsk.results import collect
+from tests.unit.study_fixture import publish
 
 NAME = "finetune-bwsk-analyzed"
 V = f"results/{NAME}"
@@ -112,11 +112,11 @@ def test_a_link_is_no_file_of_its_own(editable: Path, params: Params) -> None:
 
 
 def reseal(root: Path, params: Params) -> None:
-    """Make all recorded hashes those of the files as they now are, as a careful forger would."""
+    """Make all recorded hashes and the card those of the files as they now are, as a careful forger would."""
     sha256 = sha256_file(root / V / "model.safetensors")
     set_json(f"{V}/training_results.json", "provenance", "weights_sha256", to=sha256)(root)
     set_json(f"build/evaluation/{NAME}.json", "weights_sha256", to=sha256)(root)
-    collect(params, root)
+    publish(params, root)
 
 
 def retensor(change: Callable[[dict], object], metadata: dict[str, str] | None = None) -> Tamper:
@@ -158,9 +158,6 @@ def test_a_variant_that_users_could_not_load_is_refused_even_with_matching_hashe
 ) -> None:
     tamper(editable)
     reseal(editable, params)
-    from bwsk.card import write_card
-
-    write_card(params, read_json(editable / "results/results.json"), editable)
     with pytest.raises(BwskError) as error:
         verify(params, editable)
     message = str(error.value)

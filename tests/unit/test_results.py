@@ -140,6 +140,7 @@ OTHER = "0" * 64
         (EVALUATION, lambda v: v["provenance"]["identity"].update(source=OTHER), "the source of its step"),
         (EVALUATION, lambda v: v["splits"]["test"].pop("n_windows"), "'n_windows' is a required property"),
         ("build/tokens/tokens.json", lambda v: v["splits"]["train"].update(sha256=OTHER), "is not the file that"),
+        (EVALUATION, lambda v: v["splits"]["test"].update(n_windows=39), "39 windows of test where the parameters"),
         ("build/tokens/tokens.json", lambda v: v.pop("splits"), "'splits' is a required property"),
         ("build/base/base.json", lambda v: v.update(sha256=OTHER), "is not the file that"),
         ("build/corpus/corpus.json", lambda v: v["identity"].update(source=OTHER), "the source of its step"),
