@@ -164,14 +164,18 @@ class RuleSet:
 
     def _prove(self, rule: Rule) -> None:
         """The witnesses are of the rule's kind, within its condition, and hold when they run."""
-        for witness in rule.witnesses:
-            subject = subject_of(witness)
-            if rule.kind not in (subject.kind, subject.how):
-                raise WitnessError(f"{witness.name} is a specimen of {subject.kind}, by {subject.how}")
-            if not rule.when(subject.facts):
-                raise WitnessError(f"{witness.name} lies outside of the condition '{rule.condition}'")
-            witness.check()
-        self._proven.add(id(rule))
+        self._proven.add(id(rule))  # at once: what a composite witness consists of may need this very rule
+        try:
+            for witness in rule.witnesses:
+                subject = subject_of(witness)
+                if rule.kind not in (subject.kind, subject.how):
+                    raise WitnessError(f"{witness.name} is a specimen of {subject.kind}, by {subject.how}")
+                if not rule.when(subject.facts):
+                    raise WitnessError(f"{witness.name} lies outside of the condition '{rule.condition}'")
+                witness.check()
+        except WitnessError:
+            self._proven.discard(id(rule))
+            raise
 
     def decide(self, subject: Subject, operator: str | None = None) -> Rule | None:
         """The rule that applies, or None. A rule for the operator itself goes before one for its kind."""

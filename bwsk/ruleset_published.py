@@ -31,8 +31,8 @@ def build() -> RuleSet:
     add("linear", S, NOTHING, "linear 4->4; linear 4->8", "a projection preserves information")
     add("embedding", S, NOTHING, "embedding", "a lookup is injective")
     add("position", S, NOTHING, "rotary positions", "a rotation or a table of positions")
-    add("layer_norm", S, ROW, "layer norm", "invertible given mean and deviation")
-    add("rms_norm", S, ROW, "rms norm", "invertible given the scale")
+    add("layer_norm", S, ROW, "layer norm of 8 elements", "invertible given mean and deviation")
+    add("rms_norm", S, ROW, "rms norm of 8 elements", "invertible given the scale")
     add("group_norm", S, ROW, "group norm", "invertible given mean and deviation")
     add(
         "batch_norm",

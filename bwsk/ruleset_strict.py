@@ -124,7 +124,7 @@ def primitives() -> RuleSet:
         "layer_norm",
         S,
         ROW,
-        "layer norm",
+        "layer norm of 8 elements; layer norm of 3 elements",
         "keeps all but mean and deviation of a row",
         "Ba et al. 2016",
         many,
@@ -134,7 +134,7 @@ def primitives() -> RuleSet:
         "layer_norm",
         K,
         ALL,
-        "layer norm of one element",
+        "layer norm of 1 element; layer norm of 2 elements",
         "mean and deviation are all there is",
         "Ba et al. 2016",
         few,
@@ -144,7 +144,7 @@ def primitives() -> RuleSet:
         "rms_norm",
         S,
         ROW,
-        "rms norm",
+        "rms norm of 8 elements; rms norm of 3 elements",
         "keeps all but the scale of a row",
         "Zhang & Sennrich 2019",
         many,
@@ -154,7 +154,7 @@ def primitives() -> RuleSet:
         "rms_norm",
         K,
         ALL,
-        "rms norm of one element",
+        "rms norm of 1 element; rms norm of 2 elements",
         "the scale is all there is",
         "Zhang & Sennrich 2019",
         few,
@@ -270,7 +270,7 @@ def primitives() -> RuleSet:
         "definition",
     )
     add("loss", K, ALL, "squared error", "a number for a batch", "definition")
-    add("routing", K, ALL, "top 1; argmax", "what was not chosen is gone", "definition")
+    add("routing", K, ALL, "top 1; argmax; top-2 router", "what was not chosen is gone", "definition")
 
     add("constant", S, NOTHING, "no data", "no activation goes in, so none is erased", "definition")
     add("random", S, RNG, "random draw, replayed", "the generator's state gives the same draw again", "definition")

@@ -200,33 +200,42 @@ def _undo_eval_batch_norm(m: Any, y: Tensor, _: Any) -> Tensor:
     return _affine(m, y, 1) * (m.running_var + m.eps).sqrt().reshape(s) + m.running_mean.reshape(s)
 
 
-NORMS = (
-    preserves(
-        "layer norm",
-        lambda: nn.LayerNorm(8),
-        (3, 8),
+def _layer_norm(width: int) -> Specimen:
+    return preserves(
+        f"layer norm of {width} elements",
+        lambda: nn.LayerNorm(width),
+        (3, width),
         lambda m, y, k: _affine(m, y) * k[1] + k[0],
         keep=_row_moments,
         residue=Residue.ROW,
-    ),
-    erases(
-        "layer norm of one element",
-        lambda: nn.LayerNorm(1),
-        lambda m, g: (torch.tensor([[1.0]], dtype=F64), torch.tensor([[2.0]], dtype=F64)),
-    ),
-    preserves(
-        "rms norm",
-        lambda: nn.RMSNorm(8, eps=1e-6),
-        (3, 8),
+    )
+
+
+def _rms_norm(width: int) -> Specimen:
+    return preserves(
+        f"rms norm of {width} elements",
+        lambda: nn.RMSNorm(width, eps=1e-6),
+        (3, width),
         lambda m, y, k: _affine(m, y) * k,
         keep=lambda m, x: (x.square().mean(-1, keepdim=True) + m.eps).sqrt(),
         residue=Residue.ROW,
-    ),
-    erases(
-        "rms norm of one element",
-        lambda: nn.RMSNorm(1, eps=0.0),
-        lambda m, g: (torch.tensor([[1.0]], dtype=F64), torch.tensor([[2.0]], dtype=F64)),
-    ),
+    )
+
+
+def _rows(a: list[float], b: list[float]) -> Callable[[Any, Generator], tuple[Tensor, Tensor]]:
+    return lambda m, g: (torch.tensor([a], dtype=F64), torch.tensor([b], dtype=F64))
+
+
+# Three elements are the least that a row can keep beside two scalars: the conditions' boundary on both sides.
+NORMS = (
+    _layer_norm(8),
+    _layer_norm(3),
+    erases("layer norm of 1 element", lambda: nn.LayerNorm(1), _rows([1.0], [2.0])),
+    erases("layer norm of 2 elements", lambda: nn.LayerNorm(2, eps=0.0), _rows([1.0, 3.0], [2.0, 6.0])),
+    _rms_norm(8),
+    _rms_norm(3),
+    erases("rms norm of 1 element", lambda: nn.RMSNorm(1, eps=0.0), _rows([1.0], [2.0])),
+    erases("rms norm of 2 elements", lambda: nn.RMSNorm(2, eps=0.0), _rows([1.0, 1.0], [2.0, 2.0])),
     preserves(
         "group norm",
         lambda: nn.GroupNorm(2, 6),

@@ -1,0 +1,262 @@
+"""Censuses of real architectures: the published figures, other families, and modules told by what they compute."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    ConvNextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    ResNetConfig,
+    T5Config,
+    ViTConfig,
+)
+
+from bwsk import classify
+from bwsk.architecture import build
+from bwsk.census import Census
+from bwsk.errors import BwskError
+from bwsk.kinds import identify
+from bwsk.rules import RuleSet, rule_set
+
+T5_SMALL = T5Config(d_model=512, d_ff=2048, d_kv=64, num_layers=6, num_heads=8, vocab_size=32128)
+PUBLISHED = {  # model: S, K (model card, PROTOCOL)
+    "T5ForConditionalGeneration": (T5_SMALL, 134, 56),
+    "BertForMaskedLM": (BertConfig(), 103, 50),
+    "GPT2LMHeadModel": (GPT2Config(), 76, 49),
+}
+
+
+def _counts(census: Census) -> tuple[int, int, int]:
+    return census.s, census.k, census.gray
+
+
+def _verdicts(census: Census, kind: str) -> set[str]:
+    return {row.verdict for row in census.rows if row.kind == kind}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_figures_come_out_exactly(name):
+    config, s, k = PUBLISHED[name]
+    census = classify(config)
+    assert census.model == name
+    assert _counts(census) == (s, k, 0)
+    assert census.total == s + k
+
+
+def test_published_shares():
+    shares = [classify(PUBLISHED[name][0]) for name in PUBLISHED]
+    assert [f"{100 * c.s_ratio:.1f} {100 * c.k_ratio:.1f}" for c in shares] == ["70.5 29.5", "67.3 32.7", "60.8 39.2"]
+
+
+def test_every_published_rule_in_use_is_needed_for_the_figures():
+    """Deleting any published rule that these models touch changes a published figure."""
+    models = [build(config) for config, _, _ in PUBLISHED.values()]
+    before = [_counts(classify(model)) for model in models]
+    used = {row.kind for model in models for row in classify(model).rows}
+    assert used == {"linear", "embedding", "layer_norm", "rms_norm", "relu", "gelu", "dropout"}
+    for kind in used:
+        mutant = RuleSet("published", opinion=True)
+        mutant.rules = {k: cases for k, cases in rule_set("published").rules.items() if k != kind}
+        assert [_counts(classify(model, mutant)) for model in models] != before
+
+
+def test_t5_small_strict_differs_by_its_contracting_projections_only():
+    published, strict = classify(T5_SMALL), classify(T5_SMALL, "strict")
+    assert _counts(strict) == (122, 68, 0)
+    (difference,) = published.differences(strict)
+    assert (difference["kind"], difference["count"], difference["published"], difference["strict"]) == (
+        "linear",
+        12,
+        "S",
+        "K",
+    )
+    changed = [row.name for row in strict.rows if row.kind == "linear" and row.verdict == "K"]
+    assert len(changed) == 12
+    assert all(name.endswith("DenseReluDense.wo") for name in changed)
+
+
+def test_strict_dropout_passes_through_in_eval():
+    assert _counts(classify(T5_SMALL, "strict", training=False)) == (166, 24, 0)
+    assert _counts(classify(T5_SMALL, "published", training=False)) == (134, 56, 0)
+
+
+def test_batch_norm_depends_on_the_mode_in_the_published_rules():
+    config = ResNetConfig()
+    training, evaluation = classify(config), classify(config, training=False)
+    assert _verdicts(training, "batch_norm") == {"K"}
+    assert _verdicts(evaluation, "batch_norm") == {"S"}
+    assert evaluation.s - training.s == sum(row.kind == "batch_norm" for row in training.rows) == 53
+
+
+def test_strides():
+    published = classify(ResNetConfig())
+    strided = [row for row in published.rows if row.kind == "convolution" and row.verdict == "K"]
+    assert len(strided) == 7
+    assert all(set(row.facts["stride"]) == {2} for row in strided)
+    patches = [row for row in classify(ViTConfig(), "strict").rows if row.kind == "convolution"]
+    assert [row.verdict for row in patches] == ["S"]  # 768 channels hold a patch of 3 x 16 x 16
+    narrow = ViTConfig(hidden_size=192, num_attention_heads=3)
+    assert _verdicts(classify(narrow, "strict"), "convolution") == {"K"}  # 192 do not
+
+
+def test_state_space_models_do_have_k_type_operations():
+    """The publication's table misses transformers' SiLUActivation and reports none."""
+    census = classify(MambaConfig(num_hidden_layers=2, hidden_size=32, vocab_size=64))
+    activations = [row for row in census.rows if row.cls == "SiLUActivation"]
+    assert len(activations) == 2
+    assert {row.kind for row in activations} == {"silu"}
+    assert census.k == 2
+    assert any("A_log" in name for name in census.outside)
+
+
+def test_mixture_of_experts_routers_are_k_and_expert_weights_are_said_to_be_unseen():
+    config = MixtralConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    for rules in ("published", "strict"):
+        census = classify(config, rules)
+        assert _verdicts(census, "routing") == {"K"}
+        assert sum(row.kind == "routing" for row in census.rows) == 2
+        assert census.gray == 0
+        assert any("experts" in name for name in census.outside)
+
+
+def test_norms_and_drop_paths_of_other_families_are_told_by_behaviour():
+    llama = LlamaConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=64)
+    kinds = {row.cls: row.kind for row in classify(llama).rows}
+    assert kinds["LlamaRMSNorm"] == "rms_norm"
+    assert kinds["LlamaRotaryEmbedding"] == "position"
+    census = classify(ConvNextConfig(drop_path_rate=0.5))
+    kinds = {row.cls: row.kind for row in census.rows}
+    assert kinds["ConvNextLayerNorm"] == "layer_norm"
+    assert any(row.cls == "ConvNextDropPath" and row.kind == "dropout" for row in census.rows)
+
+
+# --- what a module computes, not what it is called -----------------------------------------------------------------
+
+
+class Relu(nn.Module):  # named like one thing ...
+    def forward(self, x):
+        return F.silu(x)  # ... and computing another
+
+
+class Impostor(nn.Linear):
+    """A linear layer by class, an absolute value by behaviour."""
+
+    def forward(self, x):
+        return x.abs()
+
+
+class Scale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x / x.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt() * self.gamma
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x * (torch.rand_like(x) > 0.3) / 0.7
+
+
+class Opaque(nn.Module):
+    def forward(self, x, y, z):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        (Relu(), "silu"),
+        (Impostor(4, 4), "erasing_elementwise"),
+        (Scale(6), "rms_norm"),
+        (Noise(), "dropout"),
+        (nn.ReLU(inplace=True), "relu"),
+        (nn.Mish(), "erasing_elementwise"),
+        (nn.ELU(), "injective_elementwise"),
+        (nn.PReLU(), "injective_elementwise"),
+        (nn.Softmax(-1), "softmax"),
+        (nn.LogSoftmax(-1), "softmax"),
+        (nn.GELU("tanh"), "gelu"),
+        (nn.Tanhshrink(), "injective_elementwise"),
+        (Opaque(), "unknown"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_kind(module, kind):
+    assert identify(module).kind == kind
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_probing_changes_nothing(device):
+    module = Scale(6).to(device)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    weight = module.gamma
+    identify(module)
+    assert torch.equal(before, torch.get_rng_state())
+    assert module.gamma is weight
+    assert identify(nn.Sequential(Noise())[0]).kind == "dropout"
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_unknown_modules_are_gray_and_named():
+    census = classify(nn.Sequential(nn.Linear(2, 2), Opaque()))
+    assert _counts(census) == (1, 0, 1)
+    assert census.unknown() == ["1 (Opaque)"]
+    assert census.rows[1].residue is None
+
+
+def test_containers_without_children_are_no_operations():
+    assert classify(nn.Sequential(nn.Linear(2, 2), nn.ModuleList())).total == 1
+    empty = classify(nn.ModuleList())
+    assert empty.total == 0
+    assert empty.s_ratio is None
+
+
+def test_measured_ranks_overrule_the_assumption():
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.weight[0] = layer.weight[1]
+    assert classify(layer, "strict").k == 0
+    assert classify(layer, "strict", ranks=True).k == 1
+    assert classify(nn.Linear(4, 4), "strict", ranks=True).k == 0
+
+
+def test_the_mode_of_a_module_is_its_own():
+    module = nn.Dropout(0.1)
+    assert classify(module, "strict").k == 1
+    assert classify(module.eval(), "strict").k == 0
+    with pytest.raises(BwskError, match="eval mode"):
+        classify(module, training=True)
+
+
+def test_the_census_is_strict_json_and_complete(tmp_path):
+    T5Config(**{"d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 50}).save_pretrained(tmp_path)
+    census = classify(tmp_path / "config.json")
+    value = json.loads(json.dumps(census.to_dict(), allow_nan=False))
+    assert value["s"] + value["k"] + value["gray"] == value["total"] == len(value["rows"])
+    assert {"name", "class", "kind", "verdict", "reason"} <= set(value["rows"][0])
+    assert sum(group["count"] for group in value["by_kind"]) == value["total"]
+    assert value["rules"] == "published"
+
+
+def test_unknown_rule_set_is_refused():
+    with pytest.raises(BwskError, match="no such rule set"):
+        classify(nn.Linear(1, 1), "lenient")
