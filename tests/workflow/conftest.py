@@ -10,17 +10,21 @@ from tests.workflow.dvc_study import ONE_VARIANT, Checkout, new_checkout
 @pytest.fixture(scope="session")
 def one_variant(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """A study of one variant, made by `dvc repro` and pushed to the default remote."""
-    return _published(new_checkout(tmp_path_factory.mktemp("one") / "author", ONE_VARIANT))
+    checkout = new_checkout(tmp_path_factory.mktemp("one") / "author", ONE_VARIANT)
+    checkout.dvc("repro")
+    return _pushed(checkout)
 
 
 @pytest.fixture(scope="session")
 def six_variants(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """The whole study of six variants, made by `dvc repro` and pushed to the default remote."""
-    return _published(new_checkout(tmp_path_factory.mktemp("six") / "author", {}))
+    """The whole study, made by Snakemake (which runs jobs side by side), taken over into DVC and pushed."""
+    checkout = new_checkout(tmp_path_factory.mktemp("six") / "author", {})
+    checkout.snakemake("--cores", "2", "--resources", "gpu=0")
+    checkout.bwsk("record")
+    return _pushed(checkout)
 
 
-def _published(checkout: Checkout) -> Checkout:
-    checkout.dvc("repro")
+def _pushed(checkout: Checkout) -> Checkout:
     checkout.commit("results")
     checkout.dvc("push")
     return checkout
