@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +22,12 @@ class Reversible:
     model: nn.Module
     plan: Plan
     _touched: list[nn.Module] = field(default_factory=list, repr=False)
+    _uninstall: Callable[[list[nn.Module]], None] | None = field(default=None, repr=False)
 
     def undo(self) -> nn.Module:
         """Restore the stock forward of every module; returns the model. Calling it again does nothing."""
-        for module in self._touched:
-            module.__dict__.pop("forward", None)
-            module.__dict__.pop("_bwsk", None)
+        if self._uninstall is not None:
+            self._uninstall(self._touched)
         self._touched.clear()
         return self.model
 
@@ -63,7 +64,7 @@ def make_reversible(
 
         return install_general(model, budget, shape, precision)
     plan = plan_t5(model.config, budget, shape, precision, prefix=t5.prefix(model), model=model)
-    return Reversible(model, plan, t5.install(model, plan.levels, plan.head.kind))
+    return Reversible(model, plan, t5.install(model, plan.levels, plan.head.kind), t5.uninstall)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -147,11 +148,16 @@ def plan_t5(
         t5_costs.describe(config, sizes, prefix),
         "bit-identical" if kind == "exact" else "loss head as exact as the stock one, not the same bits",
     )
-    solve(plan, asked.cap, asked.flops)
-    if asked.cap is not None and plan.peak > asked.cap:
+    return met(solve(plan, asked.cap, asked.flops), 16 * parameters)
+
+
+def met(plan: Plan, states: int) -> Plan:
+    """The plan, if it meets its budget's cap; `states`: bytes of weights, gradients and optimizer states."""
+    cap = plan.budget.cap
+    if cap is not None and plan.peak > cap:
         raise BwskError(
-            f"budget {asked.name}: this step cannot go below {plan.peak / MIB:.0f} MiB (weights, gradients and "
-            f"AdamW states alone are {16 * parameters / MIB:.0f} MiB); allow more, or make the batch smaller"
+            f"budget {plan.budget.name}: this step cannot go below {plan.peak / MIB:.0f} MiB (weights, gradients and "
+            f"AdamW states alone are {states / MIB:.0f} MiB); allow more, or make the batch smaller"
         )
     return plan
 

@@ -457,3 +457,10 @@ def _head_rules(model: nn.Module, head: str) -> list[tuple[nn.Module, Any, Rule]
     method = functools.wraps(type(model).forward)(conditional)
     found.append((model, method, Rule(head, (model.lm_head,), chain=chain)))
     return found
+
+
+def uninstall(modules: list[nn.Module]) -> None:
+    """Take the forwards off again."""
+    for module in modules:
+        module.__dict__.pop("forward", None)
+        module.__dict__.pop("_bwsk", None)

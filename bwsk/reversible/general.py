@@ -1,0 +1,334 @@
+"""Other Hugging Face architectures: regions of the stock graph that are redone, and a plan measured on fake tensors.
+
+Where no engine of its own exists, the stock autograd graph stays, and regions of it are redone by PyTorch's
+non-reentrant checkpoint, which leaves the order of every sum as it is. Two levels per block:
+
+    core    attention from q, k, v: scores, softmax and dropout are redone, the products around them kept
+    block   the whole block from its input
+
+On top, causal language models get the loss head that keeps one copy of the logits. Kept bytes, working memory and FLOPs
+of each block are read off a training step on fake tensors, once per level; the plan is then solved like T5's.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+import warnings
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bwsk.errors import BwskError
+from bwsk.reversible.loss import cross_entropy
+from bwsk.reversible.plan import Choice, Head, Plan, Row, Unit, solve, verdict
+
+_NAMES = {"eager": "bwsk_eager", "sdpa": "bwsk_sdpa"}
+_LEVELS = ("core", "block")
+
+
+def _attention(kind: str):
+    def run(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any):
+        plain = (
+            sys.modules[type(module).__module__].eager_attention_forward
+            if kind == "eager"
+            else ALL_ATTENTION_FUNCTIONS["sdpa"]
+        )
+        if not module.training or not torch.is_grad_enabled() or kwargs.get("output_attentions"):
+            return plain(module, query, key, value, attention_mask, **kwargs)
+        return checkpoint(plain, module, query, key, value, attention_mask, use_reentrant=False, **kwargs)
+
+    return run
+
+
+for _kind, _name in _NAMES.items():
+    ALL_ATTENTION_FUNCTIONS.register(_name, _attention(_kind))
+
+
+def _block(self, *args, **kwargs):
+    """Forward of a block that is redone as a whole while it trains."""
+    stock = type(self).forward.__get__(self)
+    cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+    if not self.training or not torch.is_grad_enabled() or cached:  # a second forward would fill the cache twice
+        return stock(*args, **kwargs)
+    return checkpoint(stock, *args, use_reentrant=False, **kwargs)
+
+
+def _uncached(self, *args, **kwargs):
+    """Forward of the model: a training step makes no generation cache, as under transformers' own checkpointing."""
+    stock = type(self).forward.__get__(self)
+    if self.training and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
+        kwargs.setdefault("use_cache", False)
+    return stock(*args, **kwargs)
+
+
+def _causal_loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch=None, shift_labels=None, **kwargs):
+    """transformers' causal language model loss; the plain mean keeps one copy of the logits."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if num_items_in_batch is not None or shift_labels is not None or not torch.is_grad_enabled():
+        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, shift_labels=shift_labels, **kwargs)
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous().view(-1).to(logits.device)
+    return cross_entropy(logits.float().view(-1, vocab_size), shifted, 64)
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's repeated blocks by name, outermost ones only; raises `BwskError` where there are none to redo."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer + ".") for outer in found)
+        if isinstance(module, GradientCheckpointingLayer) and not inside:
+            found[name] = module
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if not found:
+        raise BwskError(
+            f"{kind}: its blocks are not transformers' GradientCheckpointingLayer, so there is no unit to redo safely; "
+            "not supported"
+        )
+    for name, module in found.items():
+        for inner in module.modules():
+            if isinstance(inner, (nn.RNNBase, nn.modules.batchnorm._BatchNorm)):
+                raise BwskError(
+                    f"{kind}: {name} holds {type(inner).__name__}, whose state a second forward would change; "
+                    "not supported"
+                )
+            if inner._forward_hooks or inner._forward_pre_hooks:
+                raise BwskError(
+                    f"{kind}: a forward hook on {type(inner).__name__} inside {name} would see the recomputation too; "
+                    "remove it before make_reversible"
+                )
+            if "expert" in type(inner).__name__.lower():
+                raise BwskError(
+                    f"{kind}: {name} routes tokens to experts; a redone routing can differ in rounding; not supported"
+                )
+    return found
+
+
+def attentions(block: nn.Module) -> list[nn.Module]:
+    """The modules of a block that look up an attention implementation in their config."""
+    found = []
+    for module in block.modules():
+        space = vars(sys.modules.get(type(module).__module__, object)) if hasattr(module, "config") else {}
+        if "eager_attention_forward" in space and "Attention" in type(module).__name__:
+            found.append(module)
+    return found
+
+
+def install(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
+    """Set up the levels of the named blocks; returns the modules touched."""
+    touched: list[nn.Module] = []
+    for name, block in blocks(model).items():
+        if levels.get(name) == "block":
+            block._bwsk = None
+            block.forward = MethodType(_block, block)
+            touched.append(block)
+            continue
+        for attention in attentions(block):
+            kind = attention.config._attn_implementation
+            if kind not in _NAMES or getattr(attention.config, "reorder_and_upcast_attn", False):
+                continue
+            attention._bwsk = attention.config
+            own = copy.copy(attention.config)
+            own._attn_implementation_internal = _NAMES[kind]
+            attention.config = own
+            touched.append(attention)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        model.forward = MethodType(functools.wraps(type(model).forward)(_uncached), model)
+        model._bwsk = None
+        touched.append(model)
+    if getattr(model, "loss_type", None) == "ForCausalLM" and "_loss_function" not in model.__dict__:
+        model._loss_function = _causal_loss
+        model._bwsk = None
+        touched.append(model)
+    return touched
+
+
+def uninstall(modules: list[nn.Module]) -> None:
+    """Take off what `install` set up."""
+    for module in modules:
+        before = module.__dict__.pop("_bwsk", None)
+        if before is not None:
+            module.config = before
+        module.__dict__.pop("forward", None)
+        module.__dict__.pop("_loss_function", None)
+
+
+@dataclass
+class _Measured:
+    """One level's step on fake tensors, bytes and FLOPs per block in forward order."""
+
+    kept: list[int]
+    work: list[int]
+    gradients: list[int]
+    forward: list[int]
+    flops: int
+    head_kept: int
+    head_peak: int
+    head_gradient: int
+    head_forward: int
+    resting: int
+    outer: int
+
+
+def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, level: str, attention: str) -> _Measured:
+    """Run one step with every block at `level` ("stock", "core" or "block") and read off its blocks."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from bwsk.memory import _materialise, _structure, example_inputs, loss_of
+    from bwsk.memory_tracker import Tracker, cuda_rules
+
+    model = _structure(config, config, attention)
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), cuda_rules():
+        warnings.simplefilter("ignore")
+        _materialise(model)
+        units = list(blocks(model.train()).values())
+        if level != "stock":
+            install(model, dict.fromkeys(blocks(model), level))
+        inputs = example_inputs(model, *shape)
+        tracker = Tracker()
+        totals: dict[tuple[str, int], int] = {}
+        flops: dict[tuple[str, int], int] = {}
+
+        def note(moment: str, index: int) -> None:
+            totals.setdefault((moment, index), len(tracker.log.events))
+            flops.setdefault((moment, index), tracker.flops)
+
+        def watch(index: int) -> None:
+            def enter(module, args, kwargs):
+                note("enter", index)
+
+            def leave(module, args, output):
+                note("leave", index)
+                out = output if isinstance(output, Tensor) else output[0]
+                out.register_hook(lambda g: note("back", index))
+
+            units[index].register_forward_pre_hook(enter, with_kwargs=True)
+            units[index].register_forward_hook(leave)
+
+        with tracker:
+            for parameter in model.parameters():
+                tracker.adopt(parameter)
+            weights = sum(tracker.log.sizes.values())
+            for index in range(len(units)):
+                watch(index)
+            kind = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+            with torch.autocast("cpu", dtype=kind, enabled=precision != "fp32"):
+                loss = loss_of(model(**inputs))
+            note("loss", 0)
+            torch.autograd.backward(loss)
+            del loss
+            note("end", 0)
+            tracker.stop()
+        gradients = [
+            sum(p.numel() * p.element_size() for p in unit.parameters() if p.grad is not None) for unit in units
+        ]
+        whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.grad is not None)
+    course = [0]
+    for _, size in tracker.log.events:
+        course.append(course[-1] + size)
+    at = {moment: course[index] for moment, index in totals.items()}
+    last = len(units) - 1
+    work = []
+    for index in range(len(units)):
+        begin = totals["back", index]
+        end = totals["back", index - 1] if index else totals["end", 0]
+        work.append(max(0, max(course[begin : end + 1]) - course[begin]))
+    head_span = course[totals["loss", 0] : totals["back", last] + 1]
+    begin, end = totals["loss", 0], totals["back", last]
+    return _Measured(
+        kept=[at["leave", i] - at["enter", i] for i in range(len(units))],
+        work=work,
+        gradients=gradients,
+        forward=[flops["leave", i] - flops["enter", i] for i in range(len(units))],
+        flops=tracker.flops,
+        head_kept=at["loss", 0] - at["leave", last],
+        head_peak=max(head_span) - course[begin],
+        head_gradient=max(0, course[end] - at["leave", last]),
+        head_forward=flops["loss", 0] - flops["leave", last],
+        resting=weights,
+        outer=whole - sum(gradients),
+    )
+
+
+def plan_general(config: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
+    """The plan for a config without an engine of its own: `shape` is (batch, input tokens, target tokens)."""
+    from bwsk.memory import predict_memory
+    from bwsk.reversible.handle import met, parse_budget
+    from bwsk.reversible.plan import MIB
+
+    attention = getattr(config, "_attn_implementation", None) or "eager"
+    attention = attention if attention in _NAMES else "eager"
+    batch, ins, outs = shape
+    seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+    lengths = (batch, ins, outs if seq2seq else None)
+
+    def stock_peak() -> float:
+        return predict_memory(
+            config, batch=batch, input_length=ins, target_length=lengths[2], precision=precision, attention=attention
+        ).peak_mib * MIB  # fmt: skip
+
+    asked = parse_budget(budget, stock_peak)
+    stock = _measure(config, lengths, precision, "stock", attention)
+    found = {level: _measure(config, lengths, precision, level, attention) for level in _LEVELS}
+    names = list(blocks(_skeleton(config)))
+    units = []
+    for index, name in enumerate(names):
+        choices = tuple(
+            Choice(one.kept[index], max(0, (one.flops - stock.flops) // len(names)), one.work[index], ((name, level),))
+            for level, one in found.items()
+        )
+        units.append(Unit(name, choices, stock.gradients[index], stock.forward[index]))
+    core = found["core"]
+    head = Head("exact", core.head_kept, core.head_peak, core.head_gradient, core.head_forward)
+    base = 3 * core.resting + max(0, core.outer - core.head_gradient) // 2
+    plan = Plan(asked, units, [0] * len(units), head, base, _describe, "bit-identical (stock graph, regions redone)")
+    return met(solve(plan, asked.cap, asked.flops), 4 * core.resting)
+
+
+def _skeleton(config: Any) -> nn.Module:
+    from bwsk.architecture import build
+
+    return build(config)
+
+
+def _describe(plan: Plan) -> list[Row]:
+    rows = []
+    for choice in plan.choices:
+        ((name, level),) = choice.levels
+        if level == "block":
+            rows.append(Row(name, "whole block", "S and K", "redone", choice.kept, choice.flops))
+            continue
+        rows += [
+            Row(name, "q kᵀ + mask", verdict("product"), "redone", 0, choice.flops // 2),
+            Row(name, "softmax", verdict("softmax"), "redone", 0, 0),
+            Row(name, "dropout", verdict("dropout", training=True, p=0.1), "redone", 0, 0),
+            Row(name, "P v", verdict("product"), "redone", 0, choice.flops - choice.flops // 2),
+            Row(name, "everything else", "S and K", "kept", choice.kept, 0),
+        ]
+    return rows
+
+
+def install_general(model: nn.Module, budget: Any, shape: tuple[int, int, int], precision: str):
+    """`make_reversible` for models outside of the T5 family."""
+    from bwsk.reversible.handle import Reversible
+
+    blocks(model)
+    plan = plan_general(_named(model), budget, shape, precision)
+    return Reversible(model, plan, install(model, plan.levels), uninstall)
+
+
+def _named(model: nn.Module) -> Any:
+    """The model's config, naming the model's own class."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config._attn_implementation_internal = model.config._attn_implementation
+    return config
