@@ -1,8 +1,8 @@
 """The published claims, one object each, and the rule that judges a study's result against each of them.
 
-A claim is judged only where it can be: `differences` lists in what a study is not the published one, each under the
-aspect it touches, and a claim that depends on that aspect is `not comparable`. For the others the rule decides by
-numbers fixed beforehand: within the tolerance `reproduced`, better than that `exceeded`, worse `not reproduced`.
+A claim is judged only where it can be: one that depends on an aspect in which the study is not the published one is
+`not comparable` (see `comparability`). For the others the rule decides by numbers fixed beforehand: within the
+tolerance `reproduced`, better than that `exceeded`, worse `not reproduced`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bwsk import publication
-from bwsk.params import DirectoryBase, DirectoryCorpus, DirectoryTokenizer, HubBase, HubCorpus, HubTokenizer, Params
+from bwsk.comparability import Aspect, Difference, Results, differences
+from bwsk.params import Params
 
 Verdict = Literal["reproduced", "exceeded", "not reproduced", "not comparable"]
-Aspect = Literal["model", "data", "recipe", "device"]
-Results = dict[str, Any]
 
 MODEL: frozenset[Aspect] = frozenset({"model"})
 QUALITY: frozenset[Aspect] = frozenset({"model", "data", "recipe", "device"})
@@ -26,14 +25,6 @@ _ONE_RUN = "one run without a seed"
 # What the code did where the page says float16 and, from scratch, 3e-4.
 _AS_RUN = {"finetune": "in float32", "scratch": "in float32 with learning rate 2.5e-4"}
 _LEAK = publication.LEAKED_MIB
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One respect in which a study is not the published one."""
-
-    aspect: Aspect
-    text: str
 
 
 @dataclass(frozen=True)
@@ -104,11 +95,6 @@ def judge(params: Params, results: Results) -> list[dict[str, Any]]:
     """Every claim with our value, the verdict, and the rule and reason in words; `results` needs no claims yet."""
     differing = differences(params, results)
     return [_judged(claim, params, results, differing) for claim in claims()]
-
-
-def differences(params: Params, results: Results) -> list[Difference]:
-    """In what the study is not the published one; empty if it is."""
-    return [*_model_differences(params, results), *_data_differences(params, results), *_recipe(params, results)]
 
 
 def _judged(claim: Claim, params: Params, results: Results, differing: list[Difference]) -> dict[str, Any]:
@@ -316,60 +302,3 @@ def _advantage(results: Results) -> float | None:
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
-
-
-def _model_differences(params: Params, results: Results) -> Iterator[Difference]:
-    wanted = f"{publication.BASE_ID} at {publication.BASE_REVISION[:8]}"
-    match params.base:
-        case HubBase(id=name, revision=revision):
-            if (name, revision) != (publication.BASE_ID, publication.BASE_REVISION):
-                yield Difference("model", f"base is {name} at {revision[:8]}, published {wanted}")
-        case DirectoryBase(id=name):
-            # A local copy counts if it is declared to be the published model and is of its size.
-            if name != publication.BASE_ID:
-                yield Difference("model", f"base is {params.base_name}, published {wanted}")
-        case _:
-            yield Difference("model", f"base is {params.base_name}, published {wanted}")
-    if (count := results["base"]["parameters"]) != publication.PARAMETERS:
-        yield Difference("model", f"the model has {count:,} parameters, published {publication.PARAMETERS:,}")
-
-
-def _data_differences(params: Params, results: Results) -> Iterator[Difference]:
-    tokens = results["tokens"]["splits"]
-    rows = {split: figures["rows"] for split, figures in results["corpus"]["splits"].items()}
-    # The number of training blocks checks text and tokenizer at once; it also vouches for local copies.
-    same_blocks = tokens["train"]["n_blocks"] in publication.TRAIN_BLOCKS
-    wanted = f"{publication.DATASET_ID} {publication.DATASET_CONFIG} at {publication.DATASET_REVISION[:8]}"
-    match params.corpus:
-        case HubCorpus(id=name, config=config, revision=revision):
-            published = (publication.DATASET_ID, publication.DATASET_CONFIG, publication.DATASET_REVISION)
-            if (name, config, revision) != published:
-                yield Difference("data", f"corpus is {name} {config or ''} at {revision[:8]}, published {wanted}")
-        case DirectoryCorpus():
-            if rows != dict(publication.ROWS):
-                found = " / ".join(f"{count:,}" for count in rows.values())
-                yield Difference("data", f"corpus has {found} rows, published {wanted}: 36,718 / 3,760 / 4,358")
-        case _:
-            yield Difference("data", f"corpus is {params.corpus.source}, published {wanted}")
-    match params.tokenizer:
-        case HubTokenizer(id=name, revision=revision):
-            if (name, revision) != (publication.BASE_ID, publication.BASE_REVISION):
-                yield Difference("data", f"tokenizer is {name} at {revision[:8]}, published {publication.BASE_ID}")
-        case DirectoryTokenizer():
-            pass  # judged by what it makes of the text, below
-        case _:
-            yield Difference("data", f"tokenizer is trained here, published that of {publication.BASE_ID}")
-    if not same_blocks:
-        found, blocks = tokens["train"]["n_blocks"], publication.TRAIN_BLOCKS
-        yield Difference("data", f"the train split has {found:,} blocks, published {blocks[0]:,} to {blocks[-1]:,}")
-
-
-def _recipe(params: Params, results: Results) -> Iterator[Difference]:
-    sections = params.model_dump()
-    for key, accepted in publication.PROTOCOL.items():
-        section, _, name = key.partition(".")
-        if (found := sections[section][name]) not in accepted:
-            yield Difference("recipe", f"{key} is {found!r}, published {accepted[0]!r}")
-    on_cpu = [name for name, figures in results["variants"].items() if figures["provenance"]["device"] == "cpu"]
-    if on_cpu:
-        yield Difference("device", f"{len(on_cpu)} of {len(results['variants'])} variants were trained on the CPU")

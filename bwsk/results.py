@@ -11,7 +11,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from bwsk.claims import differences, judge
+from bwsk.claims import judge
+from bwsk.comparability import differences
 from bwsk.errors import BwskError
 from bwsk.files import write_json, write_text
 from bwsk.params import Params

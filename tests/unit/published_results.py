@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bwsk import publication
-from bwsk.claims import differences, judge
+from bwsk.claims import judge
+from bwsk.comparability import differences
 from bwsk.params import Params, load_params
 from bwsk.results import FIGURES
 

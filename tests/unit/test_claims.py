@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from bwsk import publication
-from bwsk.claims import Identical, Tolerance, claims, differences, judge
+from bwsk.claims import Identical, Tolerance, claims, judge
+from bwsk.comparability import differences
 from bwsk.params import Params
 from tests.unit.published_results import ROOT, published_params, published_results
 
