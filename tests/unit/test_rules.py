@@ -72,7 +72,7 @@ def test_dropping_a_condition_contradicts_the_evidence(rule):
 @pytest.mark.parametrize("rule", STRICT + PUBLISHED, ids=_name)
 def test_a_flipped_verdict_cannot_be_registered(rule):
     rules = RuleSet("mutant", opinion=False)
-    with pytest.raises(BwskError, match="witness|residue"):
+    with pytest.raises(BwskError, match=r"witness|residue"):
         rules.register(replace(rule, verdict=_FLIP[rule.verdict]))
     assert list(rules) == []
 
