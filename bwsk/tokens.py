@@ -73,10 +73,14 @@ def make_tokens(params: Params, corpus: Path, tokenizer: Path, out: Path) -> dic
     return info
 
 
+def join(rows: list[str], separator: str) -> str:
+    """The text of a split: its rows, blank ones as '', with `separator` between them."""
+    return separator.join(row if row.strip() else "" for row in rows)
+
+
 def tokenize(tokenizer: PreTrainedTokenizerBase, rows: list[str], separator: str) -> np.ndarray:
-    """Token ids (n_tokens,) of the rows' text: blank rows as '', joined by `separator`, tokenised as one text."""
-    text = separator.join(row if row.strip() else "" for row in rows)
-    return np.asarray(encode(tokenizer, text), dtype=np.int64)
+    """Token ids (n_tokens,) of the rows, joined and tokenised as one text."""
+    return np.asarray(encode(tokenizer, join(rows, separator)), dtype=np.int64)
 
 
 def count_text(path: Path, tokenizer: Path, separator: str, block: int, window: int, stride: int) -> dict[str, int]:

@@ -21,6 +21,7 @@ from bwsk.tokenizer import load_tokenizer, make_tokenizer
 from bwsk.tokens import (
     blocks,
     count_text,
+    join,
     load_tokens,
     make_tokens,
     require_vocabulary,
@@ -48,6 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_split_is_its_rows_joined_blank_ones_empty_and_tokenised_once(made: Path) -> None:
+    assert join(["", " a\n", " \n", "\t", "b"], "\n\n") == "\n\n a\n\n\n\n\n\n\nb"
     tokenizer = load_tokenizer(made / "tokenizer")
     rows = ["a = b\n", " \n", "\n", "the function\n", "\t"]
     expected = tokenizer("a = b\n\n\n\n\n\n\nthe function\n\n\n", add_special_tokens=False)["input_ids"]
