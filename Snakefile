@@ -26,4 +26,5 @@ rule all:
     input:
         "results/results.json",
         "results/README.md",
+        "build/analysis/operations.json",
         "build/check.json",

@@ -27,6 +27,8 @@ _STEPS = {
     "tokens": ("tokens", ["tokens"]),
     "base": ("base", ["base", "seed"]),
     "classify": ("census", []),
+    "trace": ("operations", []),
+    "memory": ("memory", []),
     "evaluate": ("evaluate", ["evaluate"]),
     "results": ("results", ["study", "variants"]),
     "card": ("card", ["study", "variants"]),

@@ -69,12 +69,16 @@ class State:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Directories that a training run reads: tokens, tokenizer, base checkpoint; and the census of the model."""
+    """What a training run reads: the folders of tokens, tokenizer and base checkpoint, and what was said beforehand.
+
+    `census` and `memory` are the JSON files of `bwsk classify` and of `bwsk memory`; they are reported, not trained on.
+    """
 
     tokens: Path
     tokenizer: Path
     base: Path
     census: Path
+    memory: Path | None = None
 
 
 class Interrupted(Exception):
@@ -385,7 +389,7 @@ class Run:
             * self.params.tokens.block
             / statistics.median(state.step_times_s),
             "peak_memory_mb": state.peak_memory_mib,
-            "predicted_peak_memory_mb": None,
+            "predicted_peak_memory_mb": read_json(self.inputs.memory)["peak_mib"] if self.inputs.memory else None,
             "nan_count": state.nan_count,
             "skipped_steps": state.skipped_steps,
             "erasure_budget": census["k_ratio"] if analyzed else None,

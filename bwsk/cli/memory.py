@@ -12,7 +12,14 @@ _MODEL = typer.Argument(help="Hub id, local directory or config.json.", metavar=
 _BATCH = typer.Option(4, "--batch", "-b", help="Sequences per step.")
 _INPUT = typer.Option(256, "--input", "-i", help="Input tokens per sequence.")
 _TARGET = typer.Option(None, "--target", "-t", help="Target tokens (encoder-decoder models) [default: as --input].")
-_PRECISION = typer.Option("fp32", "--precision", "-p", help="fp32, or float32 weights under autocast bf16 or fp16.")
+_LONG = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_PRECISION = typer.Option(
+    "fp32",
+    "--precision",
+    "-p",
+    callback=lambda name: _LONG.get(name, name),
+    help="fp32, or float32 weights under autocast bf16 or fp16 (or their long names, as in params.yaml).",
+)
 _JSON = typer.Option(None, "--json", help="Also write the result to this file.", metavar="FILE")
 
 

@@ -23,6 +23,7 @@ def train(
     tokenizer: Annotated[Path, typer.Option(help="Folder written by `bwsk tokenizer`.")] = Path("build/tokenizer"),
     base: Annotated[Path, typer.Option(help="Folder written by `bwsk base`.")] = Path("build/base"),
     census: Annotated[Path, typer.Option(help="Census of the model.")] = Path("build/analysis/census.json"),
+    memory: Annotated[Path | None, typer.Option(help="Predicted memory, written by `bwsk memory`.")] = None,
     checkpoints: Annotated[Path, typer.Option(help="Where to checkpoint and resume.")] = Path("build/checkpoints"),
     curves: Annotated[Path | None, typer.Option(help="Also write train.csv and validation.csv here.")] = None,
     gpus: Annotated[int, typer.Option(help="GPU slots of this job; 0 trains on the CPU.", min=0)] = 1,
@@ -34,7 +35,7 @@ def train(
 
     params = load_params(params_file)
     params.split_variant(variant)
-    inputs = Inputs(tokens=tokens, tokenizer=tokenizer, base=base, census=census)
+    inputs = Inputs(tokens=tokens, tokenizer=tokenizer, base=base, census=census, memory=memory)
     run = Run(params, variant, inputs, checkpoints / variant, pick_device(gpus), say=_say)
     try:
         run.run()

@@ -1,4 +1,8 @@
-# What the classification says about the model; needs its configuration, not its weights.
+# What can be said about the model before training it; needs its configuration, not its weights, and no GPU.
+
+
+# The training step that is traced and predicted.
+STEP = f"--batch {PARAMS.train.batch_size} --input {PARAMS.tokens.block // 2} --target {PARAMS.tokens.block // 2}"
 
 
 rule classify:
@@ -21,3 +25,59 @@ rule classify:
         "Classify the model's operations into S-type and K-type"
     shell:
         "bwsk classify {input} --rules published --json {output} &> {log}"
+
+
+rule trace:
+    input:
+        "build/base/config.json",
+    output:
+        json="build/analysis/operations.json",
+        figure=report(
+            "build/analysis/barriers.svg",
+            caption="../report/barriers.rst",
+            category="2 Figures",
+        ),
+    log:
+        "build/logs/trace.log",
+    benchmark:
+        "build/benchmarks/trace.tsv"
+    conda:
+        "bwsk"
+    resources:
+        mem_mb=4000,
+        runtime="10m",
+    params:
+        identity=params_identity("trace"),
+        step=STEP,
+    message:
+        "List the operations of a training step, its phases and barriers"
+    shell:
+        "bwsk trace {input} {params.step} --json {output.json} --figure {output.figure} &> {log}"
+
+
+rule predict_memory:
+    input:
+        "build/base/config.json",
+    output:
+        "build/analysis/memory-{engine}.json",
+    log:
+        "build/logs/memory-{engine}.log",
+    benchmark:
+        "build/benchmarks/memory-{engine}.tsv"
+    wildcard_constraints:
+        engine="conventional|reversible",
+    conda:
+        "bwsk"
+    resources:
+        mem_mb=4000,
+        runtime="10m",
+    params:
+        identity=params_identity("memory"),
+        step=STEP,
+        precision=PARAMS.train.precision,
+        budget=memory_budget,
+    message:
+        "Predict the peak memory of a {wildcards.engine} training step"
+    shell:
+        "bwsk memory {input} {params.step} --precision {params.precision} --optimizer fused"
+        " --mode {wildcards.engine} {params.budget} --json {output} &> {log}"

@@ -58,5 +58,16 @@ def local_files(section, names):
     return [str(file) for file in (Path(section.path) / name for name in names) if file.is_file()]
 
 
+def memory_budget(wildcards):
+    """The budget counts for the reversible engine alone."""
+    return f"--budget {PARAMS.train.budget}" if wildcards.engine == "reversible" else ""
+
+
+def memory_prediction(wildcards):
+    """The prediction for a variant's engine; bwsk-analyzed trains with the conventional one."""
+    engine = "reversible" if wildcards.variant.endswith("reversible") else "conventional"
+    return f"build/analysis/memory-{engine}.json"
+
+
 onerror:
     print("bwsk: a step failed; its log is shown above and lies in build/logs/", file=sys.stderr)

@@ -10,6 +10,7 @@ rule train:
         base="build/base/base.json",
         weights=initial_weights,
         census="build/analysis/census.json",
+        memory=memory_prediction,
     output:
         "results/{variant}/model.safetensors",
         "results/{variant}/config.json",
@@ -38,5 +39,5 @@ rule train:
         "Train {wildcards.variant} (progress: tail -f {log})"
     shell:
         "bwsk train {wildcards.variant} --params params.yaml --tokens build/tokens --tokenizer build/tokenizer"
-        " --base build/base --census {input.census} --checkpoints {params.checkpoints}"
+        " --base build/base --census {input.census} --memory {input.memory} --checkpoints {params.checkpoints}"
         " --curves build/curves/{wildcards.variant} --out results/{wildcards.variant} --gpus {resources.gpu} &> {log}"
