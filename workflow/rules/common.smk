@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import validate
 
 # The package beside the Snakefile, even where that of another checkout is installed: an experiment of DVC runs in a
@@ -33,6 +34,12 @@ SPLITS = ["train", "validation", "test"]
 wildcard_constraints:
     variant="|".join(VARIANTS),
     split="|".join(SPLITS),
+
+
+def conda_environment(wildcards):
+    """The environment of environment.yml with `--sdm conda`, else none: Snakemake would ask conda all the same."""
+    asked = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+    return "bwsk" if asked else None
 
 
 def params_identity(step):

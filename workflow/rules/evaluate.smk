@@ -16,7 +16,7 @@ rule evaluate:
     benchmark:
         "build/benchmarks/evaluate-{variant}.tsv"
     conda:
-        "bwsk"
+        conda_environment
     threads: PARAMS.train.threads
     resources:
         gpu=1,

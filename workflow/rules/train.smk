@@ -25,7 +25,7 @@ rule train:
     benchmark:
         "build/benchmarks/train-{variant}.tsv"
     conda:
-        "bwsk"
+        conda_environment
     threads: PARAMS.train.threads
     resources:
         gpu=1,
