@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).parent
 
 # Step -> the module that does it and the sections of params.yaml that it reads.
 # `train` is not here: its parameters depend on the variant (see `identity`).
-_STEPS = {
+STEPS = {
     "corpus": ("corpus", ["corpus"]),
     "tokenizer": ("tokenizer", ["tokenizer"]),
     "tokens": ("tokens", ["tokens"]),
@@ -29,7 +29,7 @@ _STEPS = {
     "classify": ("census", []),
     "trace": ("operations", []),
     "memory": ("memory", []),
-    "evaluate": ("evaluate", ["evaluate"]),
+    "evaluate": ("evaluate", ["tokens", "evaluate"]),
     "results": ("results", ["study", "variants"]),
     "card": ("card", ["study", "variants"]),
     "check": ("check", ["study", "variants"]),
@@ -52,11 +52,12 @@ def identity(params: Params, step: str, variant: str | None = None) -> dict[str,
             "mode": mode,
             "seed": params.seed,
             "train": {key: value for key, value in train.items() if key not in unread},
+            "tokens": params.tokens.model_dump(),
             "evaluate": params.evaluate.model_dump(),
         }
         module = "train"
     else:
-        module, sections = _STEPS[step]
+        module, sections = STEPS[step]
         dumped = params.model_dump()
         effective = {section: dumped[section] for section in sections}
         if step == "base" and params.base.source == "pretrain":
