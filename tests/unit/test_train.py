@@ -49,8 +49,7 @@ def without_times(results: dict) -> dict:
     kept = {key: value for key, value in results.items() if "time" not in key and key != "tokens_per_s"}
     if kept["erasure_curve"]:
         kept["erasure_curve"] = [
-            {key: value for key, value in entry.items() if key != "seconds"}
-            for entry in kept["erasure_curve"]
+            {key: value for key, value in entry.items() if key != "seconds"} for entry in kept["erasure_curve"]
         ]
     return kept
 

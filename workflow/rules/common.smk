@@ -11,12 +11,18 @@ from snakemake.utils import validate
 # The package beside the Snakefile, even where that of another checkout is installed: an experiment of DVC runs in a
 # copy of this one, whose source it records.
 sys.path.insert(0, str(workflow.basedir))
-# And the environment that runs Snakemake runs its jobs: `bwsk` is found also when no environment is activated.
-shell.prefix(f'export PYTHONPATH="{workflow.basedir}" PATH="{Path(sys.executable).parent}:$PATH"; ')
 
 from bwsk.errors import BwskError
 from bwsk.params import load_params
 from bwsk.provenance import identity
+
+# Jobs run with the Python that runs Snakemake, activated or not; under `--sdm conda` with the environment's.
+CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+shell.prefix(
+    f'export PYTHONPATH="{workflow.basedir}"; '
+    + ("" if CONDA else f'export PATH="{Path(sys.executable).parent}:$PATH"; ')
+    + 'bwsk() {{ python -m bwsk "$@"; }}; '
+)
 
 try:
     PARAMS = load_params("params.yaml")
