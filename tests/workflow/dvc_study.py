@@ -41,12 +41,12 @@ class Checkout:
     def study(self) -> Path:
         return self.root / "demo"
 
-    def run(self, *command: str, ok: bool = True, cwd: Path | None = None, **environment: str) -> str:
+    def run(self, *command: str, ok: bool = True, cwd: Path | None = None, **variables: str) -> str:
         """Output of a command, both streams; fails the test if its success is not `ok`."""
         done = subprocess.run(
             command,
             cwd=cwd or self.study,
-            env={**_environment(self.root), **environment},
+            env={**environment(self.root), **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -56,8 +56,8 @@ class Checkout:
         assert (done.returncode == 0) is ok, f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-6000:]}"
         return done.stdout
 
-    def dvc(self, *arguments: str, ok: bool = True, **environment: str) -> str:
-        return self.run("dvc", *arguments, ok=ok, **environment)
+    def dvc(self, *arguments: str, ok: bool = True, **variables: str) -> str:
+        return self.run("dvc", *arguments, ok=ok, **variables)
 
     def git(self, *arguments: str, ok: bool = True) -> str:
         return self.run("git", *arguments, ok=ok, cwd=self.root)
@@ -162,15 +162,16 @@ def _jobs(shown: str) -> set[str]:
     jobs = set()
     for command in re.findall(r"^Shell command: bwsk (.+)$", shown, re.MULTILINE):
         words = command.split()
-        variant = next((part for word in words for part in word.split("/") if re.fullmatch(VARIANT, part)), "")
-        jobs.add(f"{words[0]} {variant}".strip())
+        engine = words[words.index("--mode") + 1 :][:1] if words[0] == "memory" else []
+        variant = [part for word in words for part in word.split("/") if re.fullmatch(VARIANT, part)]
+        jobs.add(" ".join([words[0], *(engine or variant)[:1]]))
     return jobs
 
 
 VARIANT = r"(finetune|scratch)-(conventional|bwsk-analyzed|bwsk-reversible)"
 
 
-def _environment(root: Path) -> dict[str, str]:
+def environment(root: Path) -> dict[str, str]:
     keep = ("HOME", "LANG", "LC_ALL", "TMPDIR", "USER", "LOGNAME", "SSH_AUTH_SOCK")
     return {
         **{name: os.environ[name] for name in keep if name in os.environ},

@@ -134,8 +134,13 @@ def test_all_that_snakemake_makes_is_an_output_of_one_stage(study: Path, tmp_pat
     outs = []
     for stage in found.values():
         for out in [*stage.get("outs", []), *stage.get("metrics", [])]:
-            variants = names if "${item" in out else [""]
-            outs += [out.replace("${item.init}-${item.mode}", variant) for variant in variants]
+            variants = names if "${item.init}" in out else [""]
+            engines = ["conventional", "reversible"] if "${item.engine}" in out else [""]
+            outs += [
+                out.replace("${item.init}-${item.mode}", variant).replace("${item.engine}", engine)
+                for variant in variants
+                for engine in engines
+            ]
     assert len(outs) == len(set(outs))
     for file in made:
         owners = [out for out in outs if file == out or file.startswith(f"{out}/")]
