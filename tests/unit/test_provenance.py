@@ -12,10 +12,9 @@ import pytest
 
 from bwsk import provenance
 from bwsk.params import Params, load_params
-from bwsk.provenance import identity, source_digest, source_files, versions
+from bwsk.provenance import STEPS, identity, source_digest, source_files, versions
 
 DEMO = Path(__file__).parents[2] / "demo" / "params.yaml"
-STEPS = ["corpus", "tokenizer", "tokens", "base", "classify", "evaluate", "results", "card", "check"]
 VARIANTS = [
     f"{init}-{mode}"
     for init in ("finetune", "scratch")
@@ -51,7 +50,7 @@ def test_nothing_is_touched_by_nothing() -> None:
     [
         ({"corpus": {"source": "embedded"}}, set()),
         ({"tokenizer": {"vocab_size": 900}}, {"tokenizer"}),
-        ({"tokens": {"stride": 16}}, {"tokens"}),
+        ({"tokens": {"stride": 16}}, {"tokens", "evaluate", *VARIANTS}),
         ({"base": {"steps": 7}}, {"base"}),
         ({"study": {"title": "Other"}}, {"results", "card", "check"}),
         ({"variants": {"inits": ["scratch"], "modes": ["conventional"]}}, None),
