@@ -115,6 +115,7 @@ def _pyplot() -> Any:
         raise BwskError("figures need matplotlib, which is not installed; install it or leave --figure out") from None
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "bwsk"  # the same figure has the same bytes
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: small and searchable
     import matplotlib.pyplot as plt
 
     return plt

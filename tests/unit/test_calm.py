@@ -18,8 +18,9 @@ TINY = T5Config(d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_si
 
 def _graph(*nodes: tuple[str, list[int], int]) -> Trace:
     """A trace of (verdict, inputs, FLOPs) in order; every tensor has 100 bytes."""
+    kinds = {"S": "linear", "K": "relu"}
     operations = tuple(
-        Operation(i, f"op{i}", {"S": "linear", "K": "relu"}[v], v, v, None, None, "", f"block.{i}", True, flops, 10, 100,
+        Operation(i, f"op{i}", kinds[v], v, v, None, None, "", f"block.{i}", True, flops, 10, 100,
                   0, tuple((u, 100) for u in inputs))
         for i, (v, inputs, flops) in enumerate(nodes)
     )  # fmt: skip
