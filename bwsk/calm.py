@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bwsk.errors import BwskError
-from bwsk.operations import Operation, Trace
+from bwsk.operations import Trace
+from bwsk.recorder import Operation
 from bwsk.rules import POINTWISE
 
 _SLACK = 1.1  # a stage may take this much more than its share if that saves traffic

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bwsk import operator_names as names
 from bwsk.rules import Subject
 
 
@@ -28,125 +29,6 @@ class Role(IntEnum):
     DATA = 2
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_SHAPE_ONLY = _names(
-    "empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full new_empty_strided rand_like "
-    "randn_like"
-)
-_RANDOM = _names(
-    "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_ uniform_ normal_ "
-    "exponential_ normal multinomial random_ cauchy_ log_normal_ geometric_"
-)
-_REARRANGE = _names(
-    "view _unsafe_view reshape _reshape_alias permute transpose t numpy_T mT unsqueeze squeeze flatten unflatten "
-    "clone contiguous detach detach_ alias lift_fresh expand expand_as repeat cat stack split split_with_sizes "
-    "chunk unbind tensor_split roll flip constant_pad_nd pixel_shuffle pixel_unshuffle view_as_real "
-    "view_as_complex unsafe_split unsafe_split_with_sizes unsafe_chunk movedim swapaxes repeat_interleave "
-    "unsqueeze_ squeeze_ transpose_ t_ resolve_conj resolve_neg conj _conj broadcast_to hstack vstack concat "
-    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d view_copy transpose_copy "
-    "_nested_view_from_buffer channel_shuffle"
-)
-_SELECT = _names(
-    "slice select narrow index index_select gather masked_select diagonal tril triu tril_ triu_ as_strided take "
-    "unfold nonzero unique_dim _unique2 bincount histc take_along_dim"
-)
-_INJECTIVE = _names(
-    "exp exp2 log log2 log10 log1p expm1 sqrt rsqrt reciprocal neg negative sinh atan asinh atanh acosh erf erfc "
-    "erfinv softplus leaky_relu elu selu celu prelu _prelu_kernel logit log_sigmoid_forward logical_not "
-    "bitwise_not softsign tan"
-)
-_ERASING = _names(
-    "abs absolute square sin cos cosh hardtanh hardswish hardsigmoid clamp clamp_min clamp_max sign sgn floor "
-    "ceil round trunc frac mish threshold softshrink hardshrink relu6 sinc heaviside nan_to_num fmod remainder "
-    "floor_divide glu lgamma"
-)
-_NAMED = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "silu": "silu",
-    "tanh": "tanh",
-    "sigmoid": "sigmoid",
-    "erf": "injective_elementwise",
-    "embedding": "embedding",
-    "sort": "sorting",
-    "topk": "routing",
-    "argmax": "routing",
-    "argmin": "routing",
-    "argsort": "routing",
-    "cumsum": "prefix_sum",
-    "logcumsumexp": "prefix_sum",
-    "index_add": "merge",
-    "scatter_add": "merge",
-    "scatter_reduce": "merge",
-    "index_reduce": "merge",
-    "einsum": "product",
-    "lstm": "recurrent",
-    "gru": "recurrent",
-    "rnn_tanh": "recurrent",
-    "rnn_relu": "recurrent",
-    "_thnn_fused_lstm_cell": "recurrent",
-    "_thnn_fused_gru_cell": "recurrent",
-    "mkldnn_rnn_layer": "recurrent",
-    "_cudnn_rnn": "recurrent",
-}
-_ARITHMETIC = _names("add sub rsub subtract mul multiply div divide true_divide lerp addcmul addcdiv")
-_PAIRWISE = _names(
-    "maximum minimum max min fmax fmin pow atan2 fmod remainder floor_divide hypot logaddexp bitwise_xor"
-)
-_REDUCE = _names(
-    "sum nansum mean amax amin aminmax max min prod var std var_mean std_mean logsumexp norm linalg_vector_norm "
-    "any all count_nonzero median mode trace _local_scalar_dense item equal is_nonzero cumprod cummax cummin"
-)
-_COMPARE = _names(
-    "eq ne lt gt le ge isnan isinf isfinite logical_and logical_or logical_xor bitwise_and bitwise_or __and__ "
-    "__or__ isin bucketize searchsorted is_same_size"
-)
-_MASK = _names(
-    "masked_fill where index_put _index_put_impl scatter masked_scatter index_fill index_copy fill select_scatter "
-    "slice_scatter diagonal_scatter zero fill_diagonal select_backward"
-)
-_POOL = _names(
-    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d "
-    "avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d "
-    "adaptive_max_pool1d max_pool1d_with_indices mkldnn_max_pool2d lp_pool2d"
-)
-_LOSS = _names(
-    "nll_loss nll_loss_forward nll_loss2d_forward nll_loss_nd cross_entropy_loss mse_loss l1_loss smooth_l1_loss "
-    "huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div soft_margin_loss multi_margin_loss "
-    "_ctc_loss ctc_loss linear_cross_entropy cosine_embedding_loss"
-)
-_MATMUL = {
-    "mm": (0, 1),
-    "bmm": (0, 1),
-    "matmul": (0, 1),
-    "addmm": (1, 2),
-    "baddbmm": (1, 2),
-    "linear": (0, 1),
-    "mv": (0, 1),
-    "dot": (0, 1),
-    "addmv": (1, 2),
-    "_grouped_mm": (0, 1),
-    "addbmm": (1, 2),
-    "_scaled_mm": (0, 1),
-}
-_CONVOLVE = _names("convolution conv1d conv2d conv3d cudnn_convolution mkldnn_convolution miopen_convolution")
-_BATCH_NORM = {  # name -> position of the training flag (None: never trains)
-    "native_batch_norm": 5,
-    "_native_batch_norm_legit": 5,
-    "_native_batch_norm_legit_functional": 5,
-    "batch_norm": 5,
-    "cudnn_batch_norm": 5,
-    "miopen_batch_norm": 5,
-    "_batch_norm_with_update": None,
-    "_native_batch_norm_legit_no_training": None,
-    "_batch_norm_with_update_functional": None,
-    "_batch_norm_no_update": None,
-}
-
-
 def identify_call(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, role: Callable[[Tensor], Role]
 ) -> Subject:
@@ -154,10 +36,10 @@ def identify_call(
     name = packet_name(func)
     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     roles = [role(t) for t in inputs]
-    if name in _RANDOM:
+    if name in names.RANDOM:
         return Subject("random")
-    if name in _SHAPE_ONLY or not any(r is Role.DATA for r in roles):
-        return Subject("random" if Role.NOISE in roles and name not in _SHAPE_ONLY else "constant")
+    if name in names.SHAPE_ONLY or not any(r is Role.DATA for r in roles):
+        return Subject("random" if Role.NOISE in roles and name not in names.SHAPE_ONLY else "constant")
     base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
     subject = _by_name(base, func, args, kwargs, inputs, roles, out)
     return subject or Subject("unknown", {"class": operator_name(func)})
@@ -165,9 +47,9 @@ def identify_call(
 
 def output_role(subject: Subject, name: str, roles: Iterable[Role]) -> Role:
     """Role of an operator's outputs."""
-    if name in _RANDOM:
+    if name in names.RANDOM:
         return Role.NOISE
-    return Role.FIXED if name in _SHAPE_ONLY else max(roles, default=Role.FIXED)
+    return Role.FIXED if name in names.SHAPE_ONLY else max(roles, default=Role.FIXED)
 
 
 def operator_name(func: Any) -> str:
@@ -197,34 +79,34 @@ def _by_name(
         return _cast(source.dtype, outs[0].dtype)
     if name == "embedding" and roles[0] is Role.DATA:
         return Subject("selection", sizes)
-    if name in _NAMED:
-        return Subject(_NAMED[name], sizes)
-    if name in _REARRANGE:
+    if name in names.NAMED:
+        return Subject(names.NAMED[name], sizes)
+    if name in names.REARRANGE:
         # A negative pad crops; everything else moves every element to the output.
         return Subject("reshape" if sizes["out"] >= sizes["in"] else "selection", sizes)
-    if name in _SELECT:
+    if name in names.SELECT:
         whole = name in ("slice", "narrow", "unfold") and sizes["out"] >= sizes["in"]
         return Subject("reshape" if whole else "selection", sizes)
     if name == "pow" and isinstance(args[1], (int, float)):
         odd = float(args[1]) % 2 == 1 or not float(args[1]).is_integer()
         return Subject("injective_elementwise" if odd and args[1] != 0 else "erasing_elementwise")
-    if name in _ARITHMETIC:
+    if name in names.ARITHMETIC:
         return _arithmetic(name, args, kwargs, inputs, roles, outs[0])
-    if name in _PAIRWISE and len(inputs) >= 2:
+    if name in names.PAIRWISE and len(inputs) >= 2:
         return Subject("merge" if roles.count(Role.DATA) > 1 else "erasing_elementwise")
-    if name in _INJECTIVE:
+    if name in names.INJECTIVE:
         return Subject("injective_elementwise")
-    if name in _ERASING:
+    if name in names.ERASING:
         return Subject("erasing_elementwise")
-    if name in _REDUCE:
+    if name in names.REDUCE:
         return Subject("reshape" if sizes["out"] == sizes["in"] else "reduction", sizes)
-    if name in _COMPARE:
+    if name in names.COMPARE:
         return Subject("comparison", sizes)
-    if name in _MASK:
+    if name in names.MASK:
         return Subject("masking", sizes)
-    if name in _POOL:
+    if name in names.POOL:
         return Subject("pooling", sizes)
-    if name in _LOSS:
+    if name in names.LOSS:
         return Subject("loss", sizes)
     if name.startswith("upsample_") or name.startswith("_upsample_"):
         return Subject("upsample", {"mode": name.strip("_").split("_")[1][:7]})
@@ -246,9 +128,9 @@ def _layer(
     outs: list[Tensor],
 ) -> Subject | None:
     """Matrix products, convolutions and norms."""
-    if name in _MATMUL:
+    if name in names.MATMUL:
         return _product(name, args, {id(t) for t, r in zip(inputs, roles, strict=True) if r is Role.DATA})
-    if name in _CONVOLVE:
+    if name in names.CONVOLVE:
         return _convolution(args, roles)
     if name in ("native_layer_norm", "layer_norm"):
         return Subject("layer_norm", {"size": math.prod(args[1])})
@@ -258,8 +140,8 @@ def _layer(
         return Subject(
             "group_norm", {"size": inputs[0].shape[1] // (args[6] if name == "native_group_norm" else args[1])}
         )
-    if name in _BATCH_NORM:
-        flag = _BATCH_NORM[name]
+    if name in names.BATCH_NORM:
+        flag = names.BATCH_NORM[name]
         training = bool(args[flag]) if flag is not None else "with_update" in name
         if name == "_native_batch_norm_legit" and not isinstance(
             args[3], Tensor
@@ -271,9 +153,9 @@ def _layer(
 
 def _product(name: str, args: tuple[Any, ...], data: set[int]) -> Subject:
     """A matrix product: a linear map of the one data operand, or the product of two."""
-    a, b = (args[i] for i in _MATMUL[name])
+    a, b = (args[i] for i in names.MATMUL[name])
     operands = (id(a) in data) + (id(b) in data)
-    added = _MATMUL[name][0] == 1 and id(args[0]) in data
+    added = names.MATMUL[name][0] == 1 and id(args[0]) in data
     if operands == 2:
         return Subject("product")
     if operands == 0:  # only the added matrix is data

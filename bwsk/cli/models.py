@@ -145,8 +145,11 @@ def trace(
 ) -> None:
     """List the operations of a training step, its S-phases and barriers, and a cut over devices. No weights needed."""
     from bwsk.calm import analyse, partition
+    from bwsk.errors import BwskError
     from bwsk.operations import trace as trace_of
 
+    if devices < 1:
+        raise BwskError(f"--devices {devices}: must be at least 1")
     result = trace_of(
         model, batch=batch, input_length=input_length, target_length=target_length, autocast=autocast,
         training=training, rules=rules,

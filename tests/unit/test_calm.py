@@ -11,7 +11,8 @@ from transformers import T5Config
 
 from bwsk.calm import analyse, partition
 from bwsk.errors import BwskError
-from bwsk.operations import Operation, Trace, trace
+from bwsk.operations import Trace, trace
+from bwsk.recorder import Operation
 
 TINY = T5Config(d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=50, decoder_start_token_id=0)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,3 +262,19 @@ def test_the_census_is_strict_json_and_complete(tmp_path):
 def test_unknown_rule_set_is_refused():
     with pytest.raises(BwskError, match="no such rule set"):
         classify(nn.Linear(1, 1), "lenient")
+
+
+def test_the_families_of_the_docs_are_what_the_rules_give():
+    """docs/classification.md holds the table that bench/classify.py prints."""
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("bench_classify", root / "bench" / "classify.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    text = (root / "docs" / "classification.md").read_text(encoding="utf-8")
+    for row in bench.table():
+        published, strict = (" / ".join(map(str, row[key])) for key in ("published", "strict"))
+        share = f"{100 * row['strict_eval'][0] / row['modules']:.1f} % |"
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {row['family']} | {row['class']} |")]
+        assert f"| {row['modules']} | {published} |" in line
+        assert f"| {strict} |" in line
+        assert line.endswith(share)
