@@ -15,7 +15,7 @@ rule classify:
     benchmark:
         "build/benchmarks/classify.tsv"
     conda:
-        conda_environment
+        "../envs/bwsk.yml"
     resources:
         mem_mb=2000,
         runtime="10m",
@@ -42,7 +42,7 @@ rule trace:
     benchmark:
         "build/benchmarks/trace.tsv"
     conda:
-        conda_environment
+        "../envs/bwsk.yml"
     resources:
         mem_mb=4000,
         runtime="10m",
@@ -67,7 +67,7 @@ rule predict_memory:
     wildcard_constraints:
         engine="conventional|reversible",
     conda:
-        conda_environment
+        "../envs/bwsk.yml"
     resources:
         mem_mb=4000,
         runtime="10m",

@@ -42,12 +42,6 @@ wildcard_constraints:
     split="|".join(SPLITS),
 
 
-def conda_environment(wildcards):
-    """The environment of environment.yml with `--sdm conda`, else none: Snakemake would ask conda all the same."""
-    asked = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
-    return "bwsk" if asked else None
-
-
 def params_identity(step):
     """The parameters that a step reads and the digest of its source: it reruns when either changes."""
     return json.dumps(identity(PARAMS, step), sort_keys=True)

@@ -19,7 +19,7 @@ rule corpus:
     benchmark:
         "build/benchmarks/corpus.tsv"
     conda:
-        conda_environment
+        "../envs/bwsk.yml"
     resources:
         mem_mb=4000,
         runtime="30m",
@@ -44,7 +44,7 @@ rule tokenizer:
     benchmark:
         "build/benchmarks/tokenizer.tsv"
     conda:
-        conda_environment
+        "../envs/bwsk.yml"
     resources:
         mem_mb=4000,
         runtime="30m",
@@ -71,7 +71,7 @@ rule tokens:
     benchmark:
         "build/benchmarks/tokens.tsv"
     conda:
-        conda_environment
+        "../envs/bwsk.yml"
     resources:
         mem_mb=4000,
         runtime="30m",
@@ -100,7 +100,7 @@ rule base:
     benchmark:
         "build/benchmarks/base.tsv"
     conda:
-        conda_environment
+        "../envs/bwsk.yml"
     threads: PARAMS.train.threads
     resources:
         mem_mb=8000,

@@ -16,7 +16,7 @@ rule evaluate:
     benchmark:
         "build/benchmarks/evaluate-{variant}.tsv"
     conda:
-        conda_environment
+        "../envs/bwsk.yml"
     threads: PARAMS.train.threads
     resources:
         gpu=1,

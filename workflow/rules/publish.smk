@@ -33,7 +33,7 @@ rule results:
     benchmark:
         "build/benchmarks/results.tsv"
     conda:
-        conda_environment
+        "../envs/bwsk.yml"
     params:
         identity=params_identity("results"),
     message:
@@ -64,7 +64,7 @@ rule card:
     benchmark:
         "build/benchmarks/card.tsv"
     conda:
-        conda_environment
+        "../envs/bwsk.yml"
     params:
         identity=params_identity("card"),
         # As a digest: an edit rewrites the card, a fresh checkout with its new timestamps does not.
@@ -88,7 +88,7 @@ rule check:
     benchmark:
         "build/benchmarks/check.tsv"
     conda:
-        conda_environment
+        "../envs/bwsk.yml"
     params:
         identity=params_identity("check"),
     message:

@@ -25,7 +25,7 @@ rule train:
     benchmark:
         "build/benchmarks/train-{variant}.tsv"
     conda:
-        conda_environment
+        "../envs/bwsk.yml"
     threads: PARAMS.train.threads
     resources:
         gpu=1,
