@@ -1,7 +1,8 @@
 """Time of a training step, rivals side by side in one process: `python bench/step.py [--json FILE]`.
 
 One model, one round after the other over all rivals, each round in the opposite order of the last; medians over rounds.
-A step is forward, backward, clipping at 1.0 and AdamW. Before anything is timed, every rival's loss and gradients are
+A step is forward, backward, clipping at 1.0 and AdamW. Wall time and the process's processor time are both given: on a
+CPU that others use too, only the second says something. Before anything is timed, every rival's loss and gradients are
 compared bit by bit with the stock model's, same seed, dropout on.
 """
 
@@ -31,14 +32,14 @@ def _sync(device: torch.device) -> None:
 def _steps(
     model: Any, rival: Rival, shape: tuple[int, int, int], precision: str, optimizer: Any, count: int, warm: int
 ):
-    """Milliseconds of `count` steps after `warm` more."""
+    """(wall, processor) milliseconds of each of `count` steps after `warm` more."""
     device = next(model.parameters()).device
     times = []
     with running(model, rival, shape, precision) as run:
         for i in range(warm + count):
             inputs = batch_of(model, shape, i)
             _sync(device)
-            began = time.perf_counter()
+            began, spent = time.perf_counter(), time.process_time()
             with autocast(model, precision):
                 loss = run(**inputs).loss
             loss.backward()
@@ -47,27 +48,29 @@ def _steps(
             optimizer.zero_grad(set_to_none=True)
             _sync(device)
             if i >= warm:
-                times.append(1e3 * (time.perf_counter() - began))
+                times.append((1e3 * (time.perf_counter() - began), 1e3 * (time.process_time() - spent)))
     return times
 
 
-def _trainer_steps(model: Any, shape: tuple[int, int, int], precision: str, count: int, warm: int) -> list[float]:
+def _trainer_steps(
+    model: Any, shape: tuple[int, int, int], precision: str, count: int, warm: int
+) -> list[tuple[float, float]]:
     """The same under Hugging Face's Trainer, the way a user would switch checkpointing on."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     device = next(model.parameters()).device
     data = [{k: v[0] for k, v in batch_of(model, (1, *shape[1:]), i).items() if k != "use_cache"} for i in range(64)]
     data = [data[i % 64] for i in range(shape[0] * (count + warm))]
-    stamps: list[float] = []
+    stamps: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             _sync(device)
-            stamps.append(-time.perf_counter())
+            stamps.append((-time.perf_counter(), -time.process_time()))
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             _sync(device)
-            stamps[-1] += time.perf_counter()
+            stamps[-1] = (stamps[-1][0] + time.perf_counter(), stamps[-1][1] + time.process_time())
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -87,7 +90,7 @@ def _trainer_steps(model: Any, shape: tuple[int, int, int], precision: str, coun
         )
         Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Clock()]).train()
     model.gradient_checkpointing_disable()
-    return [1e3 * stamp for stamp in stamps[warm:]]
+    return [(1e3 * wall, 1e3 * processor) for wall, processor in stamps[warm:]]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         kind: torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=kind == "foreach", fused=kind == "fused")
         for kind in ("foreach", "fused")
     }
-    times: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+    times: dict[str, list[tuple[float, float]]] = {rival.name: [] for rival in rivals}
     for index in range(args.rounds):
         for rival in rivals if index % 2 == 0 else reversed(rivals):
             if rival.trainer:
@@ -121,17 +124,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 found = _steps(model, rival, shape, args.precision, optimizer, args.steps, args.warm)
             times[rival.name] += found
         print(f"round {index + 1}/{args.rounds}", file=sys.stderr, flush=True)
-    stock = statistics.median(times["stock"])
-    rows = [
-        {
-            "name": rival.name,
-            "step_ms": round(statistics.median(times[rival.name]), 3),
-            "ratio_to_stock": round(statistics.median(times[rival.name]) / stock, 4),
-            "same_bits": bits.get(rival.name),
-            "samples": len(times[rival.name]),
-        }
-        for rival in rivals
-    ]
+    rows = []
+    for rival in rivals:
+        wall, processor = (statistics.median(column) for column in zip(*times[rival.name], strict=True))
+        first = rows[0] if rows else {"step_ms": wall, "processor_ms": processor}
+        rows.append(
+            {
+                "name": rival.name,
+                "step_ms": round(wall, 3),
+                "ratio_to_stock": round(wall / first["step_ms"], 4),
+                "processor_ms": round(processor, 3),
+                "processor_ratio_to_stock": round(processor / first["processor_ms"], 4),
+                "same_bits": bits.get(rival.name),
+                "samples": len(times[rival.name]),
+            }
+        )
     return {
         "measured": True,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
@@ -166,11 +173,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     result = measure(args)
-    print(f"{'':40} {'ms/step':>10} {'x stock':>8}  {'same bits':>9}   (measured, {result['device']})")
+    print(f"{'':38} {'ms/step':>9} {'x stock':>8} {'CPU ms':>9} {'x stock':>8} {'same bits':>9}")
     for row in result["rows"]:
-        print(f"{row['name']:40} {row['step_ms']:10.1f} {row['ratio_to_stock']:8.3f}  {row['same_bits'] or '-':>9}")
+        wall, processor = f"{row['step_ms']:9.1f} {row['ratio_to_stock']:8.3f}", f"{row['processor_ms']:9.1f}"
+        bits = row["same_bits"] or "-"
+        print(f"{row['name']:38} {wall} {processor} {row['processor_ratio_to_stock']:8.3f} {bits:>9}")
+    print(f"measured on {result['device']}, {result['threads']} threads; medians")
     for name in result["not_measured"]:
-        print(f"{name:40} not measured")
+        print(f"{name:38} not measured")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -35,6 +35,7 @@ class AttentionCall:
     crossed: bool
     dtype: torch.dtype | None
     level: str = "core"
+    cached: bool = False  # the stock step fills a generation cache, which leaves keys and values contiguous by head
     core: Callable[..., Tensor] | None = None  # another attention implementation than eager, rerun as a whole
 
 
@@ -73,6 +74,12 @@ def attention_weights(layer: nn.Module) -> AttentionWeights:
 def _heads(x: Tensor, call: AttentionCall) -> Tensor:
     """(B, L, H·D) seen as (B, H, L, D)."""
     return x.view(*x.shape[:-1], call.heads, call.width).transpose(1, 2)
+
+
+def _keys(call: AttentionCall, x: Tensor) -> Tensor:
+    """Keys or values by head, (B, H, S, D), in the layout of the stock step; rounding depends on it."""
+    x = _heads(x, call)
+    return x.contiguous() if call.cached else x
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -132,7 +139,7 @@ def attention_forward(
             tape.core_bits = random_state(x.device)
         tape.out = _run_core(call, tape, bias, mask, again)[0].detach()
         return _finish(call, w, x, tape, again), tape
-    q3, kt3 = _flat(_heads(tape.q, call)), _flat(_heads(tape.k, call).transpose(2, 3))
+    q3, kt3 = _flat(_heads(tape.q, call)), _flat(_keys(call, tape.k).transpose(2, 3))
     probabilities, _ = _probabilities(call, q3, kt3, x.shape[0], bias, mask)
     del q3, kt3
     if again:
@@ -161,7 +168,8 @@ def _run_core(call: AttentionCall, tape: AttentionTape, bias: Tensor | None, mas
     The graph is made in the forward too, and dropped: which kernel an implementation picks depends on what requires
     gradients. Its dropout is drawn inside the kernel, so its residue is the state of the random generator.
     """
-    leaves = [_heads(t.detach(), call).detach().requires_grad_() for t in (tape.q, tape.k, tape.v)]
+    by_head = (_heads(tape.q, call), _keys(call, tape.k), _keys(call, tape.v))
+    leaves = [t.detach().requires_grad_() for t in by_head]
     if bias is not None and bias.requires_grad:
         bias = bias.detach().requires_grad_()
         leaves.append(bias)
@@ -175,7 +183,7 @@ def _run_core(call: AttentionCall, tape: AttentionTape, bias: Tensor | None, mas
 
 def _context(call: AttentionCall, dropped: Tensor, v: Tensor, shape: torch.Size) -> Tensor:
     """dropout(P) v as (B, L, H·D), contiguous."""
-    v3 = _flat(_heads(v, call))
+    v3 = _flat(_keys(call, v))
     out = _flat(cast(dropped, call.dtype)).bmm(v3).view(shape[0], call.heads, shape[1], call.width)
     return out.transpose(1, 2).contiguous().reshape(*shape[:-1], -1).contiguous()
 
@@ -226,7 +234,7 @@ def attention_backward(
 def _core_backward(call, w, tape, shape, bias, mask, g, wants_bias, wants_o):
     """Through dropout, W_o, the eager core and the split into heads: gradients of q, k, v as rows, bias and W_o."""
     batch, length, _ = shape
-    q3, kt3 = _flat(_heads(tape.q, call)), _flat(_heads(tape.k, call).transpose(2, 3))
+    q3, kt3 = _flat(_heads(tape.q, call)), _flat(_keys(call, tape.k).transpose(2, 3))
     p, raw = _probabilities(call, q3, kt3, batch, bias, mask)
     dropped = redrop(p, tape.core_bits, call.p_core)
     out = tape.out if tape.out is not None else _context(call, dropped, tape.v, shape)
@@ -239,7 +247,7 @@ def _core_backward(call, w, tape, shape, bias, mask, g, wants_bias, wants_o):
     del g_out
     g_v3 = _flat(cast(dropped, call.dtype)).transpose(1, 2).bmm(g3)
     del dropped
-    v3 = _flat(_heads(tape.v, call))
+    v3 = _flat(_keys(call, tape.v))
     g_p = g3.bmm(v3.transpose(1, 2)).view(p.shape).to(p.dtype)
     del g3, v3
     # Both in place: an elementwise product, and a row operation that reads its row before it writes it.

@@ -85,15 +85,19 @@ class ProjectionNode(torch.autograd.Function):
 
 
 class Chain:
-    """The table of one forward pass as the next use should see it; None outside a training forward."""
+    """What the modules of one model share during a training forward: the table as its next use should see it."""
 
     def __init__(self) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """A training forward begins."""
+        self.stop()
+        self.active = True
+
+    def stop(self) -> None:
+        """Back to the stock forward of every module on the chain."""
         self.table: Tensor | None = None
         self.active = False
         self.skip_projection = False
-
-    def start(self) -> None:
-        self.table, self.active, self.skip_projection = None, True, False
-
-    def stop(self) -> None:
-        self.table, self.active, self.skip_projection = None, False, False
+        self.cached = False  # the stock decoder would have filled a generation cache

@@ -13,8 +13,6 @@ of each block are read off a training step on fake tensors, once per level; the 
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import sys
 import warnings
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -55,20 +53,31 @@ for _kind, _name in _NAMES.items():
 
 
 def _block(self, *args, **kwargs):
-    """Forward of a block that is redone as a whole while it trains."""
+    """Forward of a block that is redone as a whole while it trains.
+
+    A generation cache is on by default in transformers, in training too, and the layout that it gives to the keys shows
+    in the rounding. The first forward fills it as ever; the second gets an empty one of its own.
+    """
     stock = type(self).forward.__get__(self)
-    cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
-    if not self.training or not torch.is_grad_enabled() or cached:  # a second forward would fill the cache twice
+    if not self.training or not torch.is_grad_enabled():
         return stock(*args, **kwargs)
-    return checkpoint(stock, *args, use_reentrant=False, **kwargs)
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+    if not caches:
+        return checkpoint(stock, *args, use_reentrant=False, **kwargs)
+    layer = next((m.layer_idx for m in self.modules() if getattr(m, "layer_idx", None) is not None), None)
+    if layer is None or type(caches[0]) is not DynamicCache or caches[0].get_seq_length(layer):
+        return stock(*args, **kwargs)
+    calls = []
 
+    def run(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > 1:
+            empty = DynamicCache()
+            args = [empty if isinstance(value, Cache) else value for value in args]
+            kwargs = {key: empty if isinstance(value, Cache) else value for key, value in kwargs.items()}
+        return stock(*args, **kwargs)
 
-def _uncached(self, *args, **kwargs):
-    """Forward of the model: a training step makes no generation cache, as under transformers' own checkpointing."""
-    stock = type(self).forward.__get__(self)
-    if self.training and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
-        kwargs.setdefault("use_cache", False)
-    return stock(*args, **kwargs)
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
 def _causal_loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch=None, shift_labels=None, **kwargs):
@@ -141,10 +150,6 @@ def install(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
             own._attn_implementation_internal = _NAMES[kind]
             attention.config = own
             touched.append(attention)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        model.forward = MethodType(functools.wraps(type(model).forward)(_uncached), model)
-        model._bwsk = None
-        touched.append(model)
     if getattr(model, "loss_type", None) == "ForCausalLM" and "_loss_function" not in model.__dict__:
         model._loss_function = _causal_loss
         model._bwsk = None

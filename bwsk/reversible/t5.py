@@ -50,7 +50,7 @@ def _hooked(rule: Rule) -> bool:
 
 def _engaged(module: nn.Module, x: Tensor, **kwargs: Any) -> bool:
     """Whether this call is a training step that the rule covers; otherwise the stock forward runs."""
-    if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not module.training or not torch.is_grad_enabled():
         return False
     if kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
         return False
@@ -64,6 +64,23 @@ def _engaged(module: nn.Module, x: Tensor, **kwargs: Any) -> bool:
 
 def _stock(module: nn.Module):
     return type(module).forward.__get__(module)
+
+
+@torch.compiler.disable
+def _eagerly(method: Any, *args: Any, **kwargs: Any) -> Any:
+    return method(*args, **kwargs)
+
+
+def outside_compile(method: Any) -> Any:
+    """Run `method` eagerly when torch.compile meets it: the engine's own order of operators is what it promises."""
+
+    @functools.wraps(method)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _eagerly(method, self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------- sublayers
@@ -83,6 +100,7 @@ def _attention_call(layer: nn.Module, x: Tensor, level: str) -> AttentionCall:
         dtype=autocast_dtype(x),
         level=level,
         core=_core(attention),
+        cached=layer._bwsk.chain is not None and layer._bwsk.chain.cached,
     )
 
 
@@ -117,6 +135,7 @@ def _own_bias(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor | None
     return bias
 
 
+@outside_compile
 def self_attention(self, hidden_states, attention_mask=None, position_bias=None, past_key_values=None, **kwargs):
     """T5LayerSelfAttention.forward while training."""
     if not _engaged(self, hidden_states, past_key_values=past_key_values, **kwargs):
@@ -135,6 +154,7 @@ def self_attention(self, hidden_states, attention_mask=None, position_bias=None,
     return y, bias, None
 
 
+@outside_compile
 def cross_attention(
     self, hidden_states, key_value_states, attention_mask=None, position_bias=None, past_key_values=None, **kwargs
 ):
@@ -172,6 +192,7 @@ def _feed_call(layer: nn.Module, x: Tensor, level: str) -> FeedForwardCall:
     )
 
 
+@outside_compile
 def feed_forward(self, hidden_states):
     """T5LayerFF.forward while training."""
     if not _engaged(self, hidden_states):
@@ -182,6 +203,7 @@ def feed_forward(self, hidden_states):
     return FeedForwardNode.apply(call, x, x, x, w.norm, w.first, w.second, w.o)
 
 
+@outside_compile
 def block(
     self,
     hidden_states,
@@ -248,6 +270,7 @@ class _NormNode(torch.autograd.Function):
         return g_product, g_square, g_weight, None
 
 
+@outside_compile
 def norm(self, hidden_states):
     """T5LayerNorm.forward while training (the final norm of a stack)."""
     if not _engaged(self, hidden_states):
@@ -255,6 +278,7 @@ def norm(self, hidden_states):
     return _NormNode.apply(hidden_states, hidden_states, self.weight, self.variance_epsilon)
 
 
+@outside_compile
 def drop(self, input):
     """nn.Dropout.forward while training (the dropouts at both ends of a stack)."""
     if not _engaged(self, input) or self.inplace:
@@ -265,6 +289,7 @@ def drop(self, input):
 # ------------------------------------------------------------------------------------- table, projection and loss
 
 
+@outside_compile
 def lookup(self, input):
     """nn.Embedding.forward inside a training forward of the whole model."""
     chain = self._bwsk.chain
@@ -275,6 +300,7 @@ def lookup(self, input):
     return vectors
 
 
+@outside_compile
 def projection(self, input):
     """The output projection (nn.Linear without bias) inside a training forward of the whole model."""
     chain = self._bwsk.chain
@@ -290,11 +316,12 @@ def _table(head: nn.Module) -> Tensor:
     return chain.table if head._bwsk.facts["tied"] and chain.table is not None else head.weight
 
 
+@outside_compile
 def conditional(self, *args, **kwargs):
     """T5ForConditionalGeneration.forward while training."""
     stock = _stock(self)
     rule: Rule = self._bwsk
-    if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or _hooked(rule):
+    if not self.training or not torch.is_grad_enabled() or _hooked(rule):
         return stock(*args, **kwargs)
     if args:
         bound = inspect.signature(stock).bind(*args, **kwargs)
@@ -319,6 +346,9 @@ def _with_loss(model: nn.Module, stock: Any, labels: Tensor | None, kwargs: dict
     if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
         kwargs["decoder_input_ids"] = model._shift_right(labels)
     if kwargs.get("past_key_values") is None:
+        # Training has no use for a cache, but the stock step lays out its keys by it; that layout is kept.
+        asked = kwargs.get("use_cache")
+        rule.chain.cached = bool(model.decoder.config.use_cache if asked is None else asked)
         kwargs["use_cache"] = False
     head = model.lm_head
     narrow = torch.is_autocast_enabled(labels.device.type) or head.weight.dtype is not torch.float32
@@ -375,7 +405,7 @@ def _check_linear(name: str, module: nn.Module) -> None:
         )
 
 
-def _rule_of_attention(name: str, layer: nn.Module, level: str) -> Rule:
+def _rule_of_attention(name: str, layer: nn.Module, level: str, chain: Chain | None) -> Rule:
     crossed = hasattr(layer, "EncDecAttention")
     attention = layer.EncDecAttention if crossed else layer.SelfAttention
     for part in "qkvo":
@@ -384,7 +414,7 @@ def _rule_of_attention(name: str, layer: nn.Module, level: str) -> Rule:
     facts = {"attention": attention, "norm": layer.layer_norm, "dropout": layer.dropout, "crossed": crossed}
     if attention.has_relative_attention_bias:
         inner += (attention.relative_attention_bias,)
-    return Rule(level, inner, facts=facts)
+    return Rule(level, inner, chain, facts)
 
 
 def _rule_of_feed(name: str, layer: nn.Module, level: str) -> Rule:
@@ -407,6 +437,7 @@ def install(model: nn.Module, levels: dict[str, str], head: str) -> list[nn.Modu
     """
     todo: list[tuple[nn.Module, Any, Rule]] = []
     names = {id(m): n for n, m in model.named_modules()}
+    chain = Chain()
     for stack in _stacks(model):
         for item in stack.block:
             as_block = levels.get(names[id(item)]) == "block"
@@ -419,7 +450,7 @@ def install(model: nn.Module, levels: dict[str, str], head: str) -> list[nn.Modu
                 if hasattr(layer, "DenseReluDense"):
                     rule, method = _rule_of_feed(name, layer, level), feed_forward
                 else:
-                    rule = _rule_of_attention(name, layer, level)
+                    rule = _rule_of_attention(name, layer, level, chain if stack.is_decoder else None)
                     method = cross_attention if rule.facts["crossed"] else self_attention
                 inner += (layer, *rule.inner)
                 todo.append((layer, method, rule))
@@ -428,16 +459,15 @@ def install(model: nn.Module, levels: dict[str, str], head: str) -> list[nn.Modu
         todo.append((stack.final_layer_norm, norm, Rule("core")))
         todo.append((stack.dropout, drop, Rule("core")))
     if type(model).__name__ in ("T5ForConditionalGeneration", "MT5ForConditionalGeneration") and head != "stock":
-        todo += _head_rules(model, head)
+        todo += _head_rules(model, head, chain)
     for module, method, rule in todo:
         module._bwsk = rule
         module.forward = MethodType(method, module)
     return [module for module, _, _ in todo]
 
 
-def _head_rules(model: nn.Module, head: str) -> list[tuple[nn.Module, Any, Rule]]:
+def _head_rules(model: nn.Module, head: str, chain: Chain) -> list[tuple[nn.Module, Any, Rule]]:
     _check_linear("lm_head", model.lm_head)
-    chain = Chain()
     found: list[tuple[nn.Module, Any, Rule]] = []
     lookups = []
     for stack in (model.encoder, model.decoder):

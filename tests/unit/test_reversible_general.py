@@ -1,0 +1,139 @@
+"""Architectures without an engine of their own: the same guarantees by redoing regions of the stock graph."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from bwsk import BwskError, make_reversible
+from tests.unit.test_reversible_gradients import batch, differences, pair
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+MODELS = {
+    "bert": (BertForMaskedLM, BertConfig(vocab_size=96, **SIZES)),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=96, bos_token_id=0, eos_token_id=0),
+    ),
+    "gpt_neox": (
+        GPTNeoXForCausalLM,
+        GPTNeoXConfig(vocab_size=96, attention_dropout=0.1, hidden_dropout=0.1, **SIZES),
+    ),
+    "vit": (
+        ViTForImageClassification,
+        ViTConfig(image_size=32, patch_size=8, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, **SIZES),
+    ),
+}
+
+
+def inputs_of(name: str, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    if name == "vit":
+        return {"pixel_values": torch.randn(3, 3, 32, 32, generator=generator), "labels": torch.tensor([0, 1, 0])}
+    tokens = torch.randint(0, 90, (3, 9), generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[1, 6:] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    cache = {} if name == "bert" else {"use_cache": False}
+    return {"input_ids": tokens, "labels": labels, "attention_mask": mask, **cache}
+
+
+def train(model: nn.Module, name: str, amp: bool):
+    torch.manual_seed(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    found = []
+    for step in range(3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = model.train()(**inputs_of(name, step)).loss
+        loss.backward()
+        found.append(
+            {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_gradient_is_the_same_bits(name, attention, amp):
+    cls, config = MODELS[name]
+    torch.manual_seed(0)
+    stock = cls._from_config(copy.deepcopy(config), attn_implementation=attention)
+    for budget in ("fast", "max"):
+        ours = copy.deepcopy(stock)
+        reference = train(copy.deepcopy(stock), name, amp)
+        handle = make_reversible(ours, budget, batch=3, input_length=9)
+        assert set(handle.plan.levels.values()) <= {"core", "block"}
+        assert differences(reference, train(ours, name, amp)) == []
+        handle.undo()
+        assert not any(hasattr(module, "_bwsk") or "forward" in module.__dict__ for module in ours.modules())
+        assert ours.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("budget", ["fast", "max"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_a_generation_cache_changes_nothing(name, budget):
+    """A cache changes the layout of the keys and with it the rounding; the step asked for is matched."""
+    cls, config = MODELS[name]
+    torch.manual_seed(0)
+    stock = cls._from_config(copy.deepcopy(config), attn_implementation="eager")
+    ours = copy.deepcopy(stock)
+    make_reversible(ours, budget, batch=3, input_length=9)
+    found = []
+    for model in (stock, ours):
+        torch.manual_seed(1)
+        model.train()(**{**inputs_of(name, 1), "use_cache": True}).loss.backward()
+        found.append([{n: p.grad for n, p in model.named_parameters()}])
+    assert differences(*found) == []
+
+
+def test_the_plan_frees_memory_and_names_verdicts():
+    cls, config = MODELS["bert"]
+    model = cls._from_config(copy.deepcopy(config), attn_implementation="eager")
+    fast = make_reversible(model, "fast", batch=8, input_length=64)
+    kept = fast.plan.kept
+    assert any(row.verdict.startswith("S") for row in fast.plan.rows())
+    fast.undo()
+    assert make_reversible(model, "max", batch=8, input_length=64).plan.kept < kept
+
+
+def test_what_cannot_be_done_is_refused_by_name():
+    experts = MixtralForCausalLM(
+        MixtralConfig(num_key_value_heads=2, num_local_experts=2, vocab_size=96, **{**SIZES, "num_hidden_layers": 1})
+    )
+    with pytest.raises(BwskError, match=r"mixtral.*experts"):
+        make_reversible(experts, batch=2, input_length=8)
+    bert = BertForMaskedLM(BertConfig(vocab_size=96, **SIZES))
+    bert.bert.encoder.layer[0].register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(BwskError, match=r"bert.*hook"):
+        make_reversible(bert, batch=2, input_length=8)
+
+
+def test_compiled_models_run_the_engine_eagerly():
+    stock, ours = pair()
+    make_reversible(ours, "fast")
+    compiled = torch.compile(ours.train(), backend="eager")
+    found = []
+    for model, parameters in ((stock.train(), stock), (compiled, ours)):
+        torch.manual_seed(1)
+        model(**batch(1)).loss.backward()
+        found.append([{n: p.grad for n, p in parameters.named_parameters()}])
+    torch.compiler.reset()
+    assert differences(*found) == []
