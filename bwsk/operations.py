@@ -227,7 +227,7 @@ def _step(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         state = {n: fake(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
         given = tree_map_only(Tensor, fake, dict(feed))
-        recorder.start(state.values(), [t for t in tree_leaves(given) if isinstance(t, Tensor)])
+        recorder.start([t for t in tree_leaves(given) if isinstance(t, Tensor)])
         stack.enter_context(recorder.paths(model))
         with torch.enable_grad(), recorder, CudaDropout(), recorder.saving(), lower:
             out = torch.func.functional_call(model, state, (), given)

@@ -125,17 +125,12 @@ class Recorder(TorchDispatchMode):
         self.storage_role: dict[int, Role] = {}
         self.writer: dict[int, int] = {}  # storage -> operation that wrote it last
         self.birth: dict[int, int] = {}  # storage -> operation that allocated it
-        self.parameters: set[int] = set()
-        self.given: set[int] = set()
         self.kept: dict[int, set[int]] = {}  # operation -> storages already counted as saved
 
-    def start(self, state: Any, inputs: list[Tensor]) -> None:
-        """Parameters and buffers are fixed, the batch is data."""
-        for t in state:
-            self.parameters.add(_key(t))
+    def start(self, inputs: list[Tensor]) -> None:
+        """The batch is data; parameters, buffers and whatever else turns up unseen are fixed."""
         for t in inputs:
             self.storage_role[_key(t)] = Role.DATA
-            self.given.add(_key(t))
 
     @contextmanager
     def paths(self, model: nn.Module) -> Iterator[None]:
@@ -162,7 +157,7 @@ class Recorder(TorchDispatchMode):
 
         def pack(t: Tensor) -> Tensor:
             key = _key(t)
-            if key not in self.parameters and key not in self.given and key in self.birth:
+            if key in self.birth:  # parameters and the batch were born nowhere
                 born = self.birth[key]
                 if key not in self.kept.setdefault(born, set()):
                     self.kept[born].add(key)
