@@ -277,7 +277,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=[d.index for d in devices]):
         try:
             model.train()
-            torch.set_autocast_cache_enabled(False)  # a weight cast without gradient must not reach the next step
+            # torch 2.13 keeps casts made without gradient out of later steps by itself; not relied on.
+            torch.set_autocast_cache_enabled(False)
             yield
         finally:
             torch.set_autocast_cache_enabled(caching)
