@@ -57,6 +57,16 @@ format: $(STAMP) ## Format Python and Snakemake files
 reproduce: $(STAMP) ## The published study through DVC, after a look at the machine
 	$(BIN)/bwsk doctor
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro
+	$(BIN)/bwsk show
+
+STUDY ?= .
+.PHONY: restore
+restore: $(STAMP) ## Pull a study's results (STUDY=DIR) and tell Snakemake that they are up to date
+	$(BIN)/bwsk restore $(STUDY)
+
+.PHONY: test-dvc
+test-dvc: $(STAMP) ## The tests of versioning: git, DVC, Snakemake and remotes, all real
+	$(BIN)/python -m pytest tests/workflow -k dvc
 
 .PHONY: schema
 schema: $(STAMP) ## Generate the schema of params.yaml from bwsk/params.py

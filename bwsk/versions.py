@@ -35,7 +35,9 @@ def restore(study: Path, say: Say) -> None:
     load_params(study / "params.yaml")
     for path in drop_corrupt(study, lock):
         say(f"removed from the cache, not what its name says: {path}")
-    pulled = _run(study, ["dvc", "pull", "--allow-missing"])
+    pulled = _run(study, ["dvc", "pull"])
+    if pulled.returncode:  # it then checks out nothing at all, of what it could fetch either
+        _run(study, ["dvc", "checkout", "--allow-missing"], capture=True)
     changes = _changes(study)
     current = [stage["cmd"].split()[-1] for name, stage in lock.items() if name not in changes]
     if current:
