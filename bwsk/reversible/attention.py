@@ -17,7 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bwsk.reversible.dropout import acts_as_cuda, drop, drop_backward, random_state, redrop, restored_random_state
+from bwsk.reversible.dropout import (
+    acts_as_cuda,
+    drop,
+    drop_backward,
+    random_state,
+    redrop,
+    restored_random_state,
+    unpack_bits,
+)
 from bwsk.reversible.linear import cast, linear, linear_grad_input, linear_grad_weight
 from bwsk.reversible.norm import rms_apply, rms_backward, rms_statistic
 
@@ -236,7 +244,8 @@ def _core_backward(call, w, tape, shape, bias, mask, g, wants_bias, wants_o):
     batch, length, _ = shape
     q3, kt3 = _flat(_heads(tape.q, call)), _flat(_keys(call, tape.k).transpose(2, 3))
     p, raw = _probabilities(call, q3, kt3, batch, bias, mask)
-    dropped = redrop(p, tape.core_bits, call.p_core)
+    mask_bits = None if tape.core_bits is None else unpack_bits(tape.core_bits, p.shape)  # once for both directions
+    dropped = redrop(p, mask_bits, call.p_core)
     out = tape.out if tape.out is not None else _context(call, dropped, tape.v, shape)
 
     g_o = _rows(drop_backward(g.to(out.dtype), tape.out_bits, call.p_out))
@@ -251,7 +260,7 @@ def _core_backward(call, w, tape, shape, bias, mask, g, wants_bias, wants_o):
     g_p = g3.bmm(v3.transpose(1, 2)).view(p.shape).to(p.dtype)
     del g3, v3
     # Both in place: an elementwise product, and a row operation that reads its row before it writes it.
-    g_p = drop_backward(g_p, tape.core_bits, call.p_core, own=True)
+    g_p = drop_backward(g_p, mask_bits, call.p_core, own=True)
     g_scores = torch.ops.aten._softmax_backward_data.out(g_p, p, -1, p.dtype, grad_input=g_p)
     del g_p, p
     g_bias = g_scores.sum_to_size(bias.shape).to(bias.dtype) if wants_bias else None

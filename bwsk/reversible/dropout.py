@@ -48,7 +48,9 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """The boolean mask of `shape` that `pack_bits` packed."""
+    """The boolean mask of `shape` that `pack_bits` packed; a mask that is unpacked already is returned as it is."""
+    if bits.dtype is torch.bool:
+        return bits
     flat = bits.to(torch.int64).mul_(_SPREAD).bitwise_and_(_TOPS).view(torch.uint8) != 0
     count = 1
     for size in shape:

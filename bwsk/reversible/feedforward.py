@@ -7,6 +7,7 @@ relu(a), h and a mask. The gated form (v1.1), f = act(a₀)·a₁, keeps a₀ an
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ class FeedForwardCall:
     gated: bool
     rectified: bool
     dtype: torch.dtype | None
+    out_dtype: torch.dtype | None  # of W_o: as dtype, or None where it steps out of autocast
     level: str = "core"
 
 
@@ -95,16 +97,20 @@ def feedforward_forward(
         tape.h, tape.hidden_bits = drop(tape.h, call.p_hidden)
     if not finish:
         return None, tape
-    entering = tape.h
-    if entering.dtype != w.o.dtype and call.dtype is None:
-        entering = entering.to(w.o.dtype)
-    projected = linear(cast(entering, call.dtype), w.o, call.dtype)
+    entering = _entering(call, tape.h, w.o)
+    with torch.autocast(x.device.type, enabled=False) if call.out_dtype is not call.dtype else nullcontext():
+        projected = linear(entering, w.o, call.out_dtype)
     del entering
     if again:
         projected = redrop(projected, tape.out_bits, call.p_out)
     else:
         projected, tape.out_bits = drop(projected, call.p_out)
     return x + projected, tape
+
+
+def _entering(call: FeedForwardCall, h: Tensor, weight: Tensor) -> Tensor:
+    """h in the dtype that W_o is computed in."""
+    return h.to(weight.dtype) if call.out_dtype is None else cast(h, call.out_dtype)
 
 
 def _hidden_gradient(call: FeedForwardCall, tape: FeedForwardTape, g: Tensor):
@@ -138,10 +144,10 @@ def feedforward_backward(
         else:
             tape.h = redrop(_activate(call, tape.a, tape.b), tape.hidden_bits, call.p_hidden)
     h = tape.h
-    entering = cast(h, call.dtype) if call.dtype is not None else h.to(w.o.dtype)
+    entering = _entering(call, h, w.o)
     g_o = _flat_rows(drop_backward(g.to(entering.dtype), tape.out_bits, call.p_out))
     gw_o = linear_grad_weight(g_o, _flat_rows(entering), w.o) if wants_o else None
-    g_h = linear_grad_input(g_o, w.o, call.dtype).view(h.shape).to(h.dtype)
+    g_h = linear_grad_input(g_o, w.o, call.out_dtype).view(h.shape).to(h.dtype)
     del g_o, entering
     g_a, g_b = _hidden_gradient(call, tape, g_h)
     del g_h, h

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bwsk.errors import BwskError
+from bwsk.faults import _Projection
 from bwsk.reversible.attention import AttentionCall, attention_weights
 from bwsk.reversible.dropout import dropout
 from bwsk.reversible.embedding import Chain, LookupNode, ProjectionNode
@@ -44,8 +45,22 @@ class Rule:
 
 def _hooked(rule: Rule) -> bool:
     return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in rule.inner
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or ("forward" in m.__dict__ and not _ours(m) and not _leaves_float16(m))
+        for m in rule.inner
     )
+
+
+def _ours(module: nn.Module) -> bool:
+    return hasattr(module, "_bwsk")
+
+
+def _leaves_float16(module: nn.Module) -> bool:
+    """Whether this is a projection that `bwsk.faults` keeps out of float16 autocast."""
+    return isinstance(module.__dict__.get("forward"), _Projection)
 
 
 def _engaged(module: nn.Module, x: Tensor, **kwargs: Any) -> bool:
@@ -179,7 +194,8 @@ def cross_attention(
 
 def _feed_call(layer: nn.Module, x: Tensor, level: str) -> FeedForwardCall:
     facts = layer._bwsk.facts
-    dense = facts["dense"]
+    dense, dtype = facts["dense"], autocast_dtype(x)
+    exempt = dtype is torch.float16 and _leaves_float16(dense.wo)
     return FeedForwardCall(
         eps=facts["norm"].variance_epsilon,
         p_hidden=dense.dropout.p,
@@ -187,7 +203,8 @@ def _feed_call(layer: nn.Module, x: Tensor, level: str) -> FeedForwardCall:
         act=dense.act,
         gated=facts["gated"],
         rectified=facts["rectified"],
-        dtype=autocast_dtype(x),
+        dtype=dtype,
+        out_dtype=None if exempt else dtype,
         level=level,
     )
 

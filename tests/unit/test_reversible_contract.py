@@ -92,6 +92,15 @@ def test_forward_hooks_inside_a_sublayer_fire_once():
     assert calls[id(stock)] == calls[id(ours)] == 3
 
 
+def test_a_replaced_forward_inside_a_sublayer_is_respected():
+    stock, ours = pair()
+    make_reversible(ours, "max")
+    for model in (stock, ours):
+        layer = model.decoder.block[1].layer[2].DenseReluDense.wo
+        layer.forward = lambda x, layer=layer: 2.0 * nn.functional.linear(x, layer.weight)
+    assert differences(train(stock), train(ours)) == []
+
+
 def test_attentions_are_still_returned():
     _, ours = pair()
     make_reversible(ours, "fast")

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5ForSequenceClassification
 
 from bwsk import make_reversible
+from bwsk.faults import keep_projection_out_of_float16
 from bwsk.reversible.loss import chunked_cross_entropy
 
 torch.set_num_threads(1)
@@ -244,9 +245,15 @@ def test_positional_arguments_tuples_and_encoder_outputs():
     assert differences(*found) == []
 
 
-def test_float16_autocast_with_gradient_scaler():
-    stock, ours = pair()
-    reversible(ours, "fast")
+@pytest.mark.parametrize("wide", [False, True], ids=["stock", "wo in float32"])
+@pytest.mark.parametrize("form", [{}, {"feed_forward_proj": "gated-gelu"}], ids=["v1.0", "v1.1"])
+@pytest.mark.parametrize("level", ["fast", "max"])
+def test_float16_autocast_with_gradient_scaler(level, form, wide):
+    stock, ours = pair(**form)
+    if wide:
+        keep_projection_out_of_float16(stock)
+        keep_projection_out_of_float16(ours)
+    reversible(ours, level)
     found = []
     for model in (stock, ours):
         torch.manual_seed(2)
