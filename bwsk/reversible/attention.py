@@ -225,13 +225,13 @@ def attention_backward(
     del source2, normed2, source
     through = x.dtype if call.dtype is not None else normed.dtype
     del normed
-    from_v = linear_grad_input(g_v, w.v, call.dtype).to(through)
-    from_k = linear_grad_input(g_k, w.k, call.dtype).to(through)
-    from_q = linear_grad_input(g_q, w.q, call.dtype).to(through)
+    from_v = cast(linear_grad_input(g_v, w.v, call.dtype), through)
+    from_k = cast(linear_grad_input(g_k, w.k, call.dtype), through)
+    from_q = cast(linear_grad_input(g_q, w.q, call.dtype), through)
     del g_v, g_k, g_q
     if call.crossed:
         g_normed = from_q
-        g_states = (from_v.view(states.shape).to(states.dtype), from_k.view(states.shape).to(states.dtype))
+        g_states = (cast(from_v.view(states.shape), states.dtype), cast(from_k.view(states.shape), states.dtype))
     else:
         g_normed = from_v.add_(from_k).add_(from_q)
         g_states = (None, None)
@@ -248,7 +248,7 @@ def _core_backward(call, w, tape, shape, bias, mask, g, wants_bias, wants_o):
     dropped = redrop(p, mask_bits, call.p_core)
     out = tape.out if tape.out is not None else _context(call, dropped, tape.v, shape)
 
-    g_o = _rows(drop_backward(g.to(out.dtype), tape.out_bits, call.p_out))
+    g_o = _rows(drop_backward(cast(g, out.dtype), tape.out_bits, call.p_out))
     gw_o = linear_grad_weight(g_o, _rows(out), w.o) if wants_o else None
     g_out = linear_grad_input(g_o, w.o, call.dtype)
     del g_o, out
@@ -257,14 +257,14 @@ def _core_backward(call, w, tape, shape, bias, mask, g, wants_bias, wants_o):
     g_v3 = _flat(cast(dropped, call.dtype)).transpose(1, 2).bmm(g3)
     del dropped
     v3 = _flat(_keys(call, tape.v))
-    g_p = g3.bmm(v3.transpose(1, 2)).view(p.shape).to(p.dtype)
+    g_p = cast(g3.bmm(v3.transpose(1, 2)).view(p.shape), p.dtype)
     del g3, v3
     # Both in place: an elementwise product, and a row operation that reads its row before it writes it.
     g_p = drop_backward(g_p, mask_bits, call.p_core, own=True)
     g_scores = torch.ops.aten._softmax_backward_data.out(g_p, p, -1, p.dtype, grad_input=g_p)
     del g_p, p
-    g_bias = g_scores.sum_to_size(bias.shape).to(bias.dtype) if wants_bias else None
-    g_scores = g_scores.to(raw)
+    g_bias = cast(g_scores.sum_to_size(bias.shape), bias.dtype) if wants_bias else None
+    g_scores = cast(g_scores, raw)
     if call.scaling != 1.0:
         g_scores = g_scores * call.scaling
     g_scores = _flat(g_scores)
@@ -286,7 +286,7 @@ def _merge(g: Tensor) -> Tensor:
 def _other_core_backward(call, w, tape, bias, mask, g, wants_o):
     """The same through an attention implementation that is rerun with its own graph."""
     out, leaves = _run_core(call, tape, bias, mask, again=True)
-    g_o = _rows(drop_backward(g.to(out.dtype), tape.out_bits, call.p_out))
+    g_o = _rows(drop_backward(cast(g, out.dtype), tape.out_bits, call.p_out))
     gw_o = linear_grad_weight(g_o, _rows(out.detach()), w.o) if wants_o else None
     g_out = linear_grad_input(g_o, w.o, call.dtype).view(out.shape)
     g_q, g_k, g_v, *g_bias = torch.autograd.grad(out, leaves, g_out)

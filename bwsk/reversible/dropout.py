@@ -100,12 +100,15 @@ def drop_backward(g: Tensor, bits: Tensor | None, p: float, own: bool = False) -
     if bits is None:
         return g
     mask = unpack_bits(bits, g.shape)
-    out = g if own else torch.empty_like(g)
     if p >= 1.0:
-        return torch.mul(g, mask, out=out)
-    if acts_as_cuda(g):
-        return torch.ops.aten.native_dropout_backward.out(g, mask, 1.0 / (1.0 - p), out=out)
-    return torch.mul(g, mask.to(g.dtype).div_(1.0 - p), out=out)
+        return g.mul_(mask) if own else g * mask
+    if not acts_as_cuda(g):
+        noise = mask.to(g.dtype).div_(1.0 - p)
+        return g.mul_(noise) if own else g * noise
+    scale = 1.0 / (1.0 - p)
+    if own:  # (g·m)·s in two steps: the first one is exact, so both round once
+        return g.mul_(mask).mul_(scale)
+    return torch.ops.aten.native_dropout_backward(g, mask, scale)
 
 
 def rescale_(g: Tensor, p: float) -> Tensor:

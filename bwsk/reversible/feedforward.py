@@ -110,7 +110,7 @@ def feedforward_forward(
 
 def _entering(call: FeedForwardCall, h: Tensor, weight: Tensor) -> Tensor:
     """h in the dtype that W_o is computed in."""
-    return h.to(weight.dtype) if call.out_dtype is None else cast(h, call.out_dtype)
+    return cast(h, weight.dtype if call.out_dtype is None else call.out_dtype)
 
 
 def _hidden_gradient(call: FeedForwardCall, tape: FeedForwardTape, g: Tensor):
@@ -145,9 +145,9 @@ def feedforward_backward(
             tape.h = redrop(_activate(call, tape.a, tape.b), tape.hidden_bits, call.p_hidden)
     h = tape.h
     entering = _entering(call, h, w.o)
-    g_o = _flat_rows(drop_backward(g.to(entering.dtype), tape.out_bits, call.p_out))
+    g_o = _flat_rows(drop_backward(cast(g, entering.dtype), tape.out_bits, call.p_out))
     gw_o = linear_grad_weight(g_o, _flat_rows(entering), w.o) if wants_o else None
-    g_h = linear_grad_input(g_o, w.o, call.out_dtype).view(h.shape).to(h.dtype)
+    g_h = cast(linear_grad_input(g_o, w.o, call.out_dtype).view(h.shape), h.dtype)
     del g_o, entering
     g_a, g_b = _hidden_gradient(call, tape, g_h)
     del g_h, h
@@ -157,12 +157,12 @@ def feedforward_backward(
     rows = _flat_rows(normed)
     g_a = _flat_rows(g_a)
     gw_first = linear_grad_weight(g_a, rows, w.first) if wants_first else None
-    g_normed = linear_grad_input(g_a, w.first, call.dtype).to(through)
+    g_normed = cast(linear_grad_input(g_a, w.first, call.dtype), through)
     gw_second = None
     if call.gated:
         g_b = _flat_rows(g_b)
         gw_second = linear_grad_weight(g_b, rows, w.second) if wants_second else None
-        g_normed = linear_grad_input(g_b, w.second, call.dtype).to(through).add_(g_normed)
+        g_normed = cast(linear_grad_input(g_b, w.second, call.dtype), through).add_(g_normed)
     del g_a, g_b, rows, normed
     g_product, g_square, gw_norm = rms_backward(g_normed.view(x.shape), x, tape.r, w.norm, wants_norm)
     return (g, g_product, g_square), (gw_norm, gw_first, gw_second, gw_o)

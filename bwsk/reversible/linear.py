@@ -36,4 +36,4 @@ def linear_grad_input(g: Tensor, weight: Tensor, dtype: torch.dtype | None) -> T
 
 def linear_grad_weight(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """gᵀ x for g (rows, out) and x (rows, in): gradient of the weight, in the weight's own dtype."""
-    return g.t().mm(x).to(weight.dtype)
+    return cast(g.t().mm(x), weight.dtype)

@@ -12,10 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bwsk.reversible.linear import cast
+
 
 def rms_statistic(x: Tensor, eps: float) -> Tensor:
     """rsqrt(mean(x²) + eps) per row, float32, shape (..., 1)."""
-    return torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
+    return torch.rsqrt(cast(x, torch.float32).pow(2).mean(-1, keepdim=True) + eps)
 
 
 def rms_apply(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
@@ -38,11 +40,11 @@ def rms_backward(g: Tensor, x: Tensor, r: Tensor, weight: Tensor, wants_weight: 
         h = h.to(weight.dtype)
     g_weight = (g * h).sum_to_size(weight.shape) if wants_weight else None
     del h
-    g_h = (g * weight).to(wide)
-    g_r = (g_h * x).sum_to_size(r.shape).to(r.dtype)
-    g_product = (g_h * r).to(x.dtype)
+    g_h = cast(g * weight, wide)
+    g_r = cast((g_h * x).sum_to_size(r.shape), r.dtype)
+    g_product = cast(g_h * r, x.dtype)
     del g_h
     g_variance = -0.5 * g_r * r.pow(3)
-    wide_x = x.to(torch.float32)
+    wide_x = cast(x, torch.float32)
     g_square = (g_variance / x.shape[-1]) * (2.0 * wide_x)
-    return g_product, g_square.to(x.dtype), g_weight
+    return g_product, cast(g_square, x.dtype), g_weight

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from bwsk import BwskError, make_reversible
-from bwsk.reversible.dropout import drop, drop_backward, pack_bits, redrop, unpack_bits
+from bwsk.reversible.dropout import cuda_accounting, drop, drop_backward, pack_bits, redrop, unpack_bits
 from bwsk.reversible.embedding import touched_rows
 from bwsk.reversible.plan import MIB
 from tests.unit.test_reversible_gradients import batch, differences, pair, train
@@ -214,6 +214,19 @@ def test_dropout_again_is_the_same_dropout(p, dtype):
     assert torch.equal(ours, y)
     assert torch.equal(redrop(x.detach(), bits, p), y)
     assert torch.equal(drop_backward(g, bits, p), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("own", [False, True])
+def test_the_operators_of_cuda_agree_with_its_own_backward(dtype, own):
+    """CUDA's dropout operators also run on the CPU; the steps taken for them here round alike."""
+    with cuda_accounting():
+        x = torch.randn(64, 33, dtype=dtype)
+        y, bits = drop(x, 0.37)
+        assert torch.equal(redrop(x, bits, 0.37) != 0, y != 0)
+        g = torch.randn_like(x)
+        expected = torch.ops.aten.native_dropout_backward(g, y != 0, 1 / (1 - 0.37))
+        assert torch.equal(drop_backward(g.clone(), bits, 0.37, own=own), expected)
 
 
 def test_rows_of_repeated_tokens_sum_as_in_the_dense_gradient():
