@@ -5,7 +5,7 @@ A checkpoint is a folder `step-00000500/` with
     model.safetensors      weights
     best.safetensors       weights of the best validation so far (absent before the first)
     optimizer.safetensors  optimizer state, tensor by tensor, named `<parameter index>.<key>`
-    random.safetensors     states of the random generators of the CPU and of every CUDA device
+    random.safetensors     states of the random generators of the CPU and of the run's GPU
     state.json             position, curves, gradient scaler; the sha256 of the files above and of itself
 
 It is written under a temporary name, flushed and renamed, so it is there whole or not at all; the last two are kept.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bwsk.errors import BwskError
-from bwsk.files import read_json, sha256_file, sha256_json, write_json
+from bwsk.files import flat, partial_folder, read_json, sha256_file, sha256_json, write_json
 
 KEEP = 2
+_CPU = torch.device("cpu")
 
 
 class Checkpoints:
@@ -46,46 +46,56 @@ class Checkpoints:
         """Write the checkpoint of `step`: `tensors` is file stem -> name -> tensor, `state` is strict JSON."""
         target = self.folder / f"step-{step:08d}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
-            try:
+            with partial_folder(self.folder) as partial:
+                new = partial / target.name
+                new.mkdir()
                 for stem, named in tensors.items():
                     save_file(
-                        {name: tensor.contiguous() for name, tensor in named.items()}, partial / f"{stem}.safetensors"
+                        {name: tensor.contiguous() for name, tensor in named.items()}, new / f"{stem}.safetensors"
                     )
-                hashes = {file.name: sha256_file(file) for file in sorted(partial.iterdir())}
+                hashes = {file.name: sha256_file(file) for file in sorted(new.iterdir())}
                 content = {"identity": self.identity, "step": step, "files": hashes, "state": state}
-                write_json(partial / "state.json", {**content, "sha256": sha256_json(content)})
-                for file in partial.iterdir():
+                write_json(new / "state.json", {**content, "sha256": sha256_json(content)})
+                for file in new.iterdir():
                     _flush(file)
-                if target.exists():  # a damaged one of the same step, or one from before an exact replay
-                    shutil.rmtree(target)
-                os.rename(partial, target)
+                # What is taken away is renamed first: a folder that is half deleted must not look like a checkpoint.
+                if target.exists():  # a damaged one of the same step
+                    os.rename(target, partial / "replaced")
+                os.rename(new, target)
                 _flush(self.folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
+                for old in self._steps()[KEEP:]:
+                    os.rename(old, partial / f"old-{old.name}")
+        except (OSError, SafetensorError, BwskError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise BwskError(f"{target}: cannot be written ({reason}); earlier checkpoints are intact") from error
-        for old in self._steps()[KEEP:]:
-            shutil.rmtree(old)
         return target
 
     def load(self, device: torch.device) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """Tensors (on `device`, random states on the CPU) and state of the newest sound checkpoint; None if none is."""
-        for partial in self.folder.glob(".partial-*"):  # left by a kill while writing
-            shutil.rmtree(partial, ignore_errors=True)
         for path in self._steps():
             try:
                 return self._read(path, device)
             except (BwskError, OSError, SafetensorError, KeyError, TypeError) as error:
                 reason = " ".join(str(error).split())
                 self.warn(f"checkpoint {path.name} is damaged and not used: {reason}")
+        for path in sorted(self.folder.parent.glob("*/step-*")):
+            if path.parent != self.folder:
+                self.warn(f"{path}: belongs to other parameters, data or code ({self._change(path)}); not resumed")
+                break
         return None
 
     def discard(self) -> None:
         """Remove this run's checkpoints: its results are complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _change(self, path: Path) -> str:
+        """The first thing in which another run's checkpoint differs from this run."""
+        try:
+            before, now = flat(read_json(path / "state.json")["identity"]), flat(self.identity)
+        except (BwskError, KeyError):
+            return "its state.json cannot be read"
+        key = next((key for key in {**before, **now} if before.get(key) != now.get(key)), "nothing")
+        return f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True)
@@ -109,20 +119,22 @@ class Checkpoints:
         return tensors, content["state"]
 
 
-def random_states() -> dict[str, Tensor]:
-    """States of torch's generators: the CPU's and each CUDA device's. Nothing else draws during training."""
+def random_states(device: torch.device = _CPU) -> dict[str, Tensor]:
+    """States of torch's generators: the CPU's and that of the run's GPU. Nothing else draws during training.
+
+    Under a name without the GPU's number: a run may continue on another one of the same machine.
+    """
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def restore_random_states(states: dict[str, Tensor]) -> None:
+def restore_random_states(states: dict[str, Tensor], device: torch.device = _CPU) -> None:
     """Undo `random_states`."""
     torch.set_rng_state(states["cpu"])
-    for name, state in states.items():
-        if name.startswith("cuda."):
-            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda.")))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from bwsk.errors import BwskError
+from bwsk.locks import flock
+
+_PARTIAL = ".partial-"
 
 
 def sha256_file(path: Path) -> str:
@@ -61,6 +65,17 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, part in value.items()
+        for key, leaf in flat(part, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that is renamed to it when the block ends without an exception."""
@@ -75,26 +90,77 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Files of `path` that the block did not write stay. The files are flushed to disk before the first rename, so a
     crash leaves either the old file or the new one under each name, never a part of one.
     """
+    with partial_folder(path) as partial:
+        try:
+            yield partial
+            written = sorted(file for file in partial.rglob("*") if file.is_file())
+            targets = [path / file.relative_to(partial) for file in written]
+            for file, target in zip(written, targets, strict=True):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.is_dir():
+                    raise IsADirectoryError(None, f"{target.name} is a directory")
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            for file, target in zip(written, targets, strict=True):
+                file.chmod(0o644 & ~_umask())
+                os.replace(file, target)
+        except BwskError:
+            raise
+        except Exception as error:
+            if (reason := disk_fault(error)) is None:
+                raise
+            raise BwskError(f"{path}: writing failed ({reason}); what was there is unchanged") from error
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """An empty folder `path/.partial-…`, removed at the end of the block; clears those that a kill has left behind.
+
+    Each is locked by the process that writes into it, which tells a dead one's from a live one's.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=path))
+        parent = os.open(path, os.O_RDONLY)
+        try:
+            if not path.name.startswith(_PARTIAL):  # else it is this process's own, and locked by it
+                flock(parent, wait=True)  # nobody takes a new folder for an abandoned one before it is locked
+            for old in path.glob(f"{_PARTIAL}*"):
+                _remove_abandoned(old)
+            partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path))
+            descriptor = os.open(partial, os.O_RDONLY)
+            flock(descriptor)
+        finally:
+            os.close(parent)
     except OSError as error:
         raise BwskError(f"{path}: cannot be written ({error.strerror}); name a writable directory") from None
     try:
         yield partial
-        written = sorted(file for file in partial.rglob("*") if file.is_file())
-        for file in written:
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        for file in written:
-            target = path / file.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.chmod(0o644 & ~_umask())
-            os.replace(file, target)
-    except OSError as error:
-        raise BwskError(f"{path}: writing failed ({error.strerror}); what was there is unchanged") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def disk_fault(error: Exception) -> str | None:
+    """What the operating system said, if `error` is its refusal to write (full, read-only, …); else None.
+
+    The Rust libraries that write weights and tokenizers raise it under classes of their own, as a text.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
+    text = " ".join(str(error).split())
+    return text[:200] if re.search(r"\(os error \d+\)", text) else None
+
+
+def _remove_abandoned(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        if flock(descriptor):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bwsk.errors import BwskError
-from bwsk.files import sha256_file
+from bwsk.files import flat, sha256_file
 from bwsk.params import SPLITS, Params
 from bwsk.provenance import identity
 from bwsk.schemas import read_checked
@@ -91,7 +91,7 @@ def current_results(params: Params, study: Path, results: dict[str, Any]) -> dic
 
 def difference(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
     """What sets a stored identity apart from the current one, in words; None if they are the same."""
-    before, now = _flat(stored["params"]), _flat(current["params"])
+    before, now = flat(stored["params"]), flat(current["params"])
     changes = [
         f"{_key(key, before)} was {_shown(before, key)}, is {_shown(now, key)}"
         for key in {**before, **now}
@@ -135,17 +135,6 @@ def _present(study: Path, path: str) -> Path:
     if not (study / path).is_file():
         raise BwskError(f"{study / path}: missing; make it: {force(path)}")
     return study / path
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, part in value.items()
-        for key, leaf in _flat(part, f"{prefix}.{name}" if prefix else name).items()
-    }
 
 
 def _key(key: str, params: dict[str, Any]) -> str:

@@ -13,23 +13,24 @@ The hot loop does not wait for the device: losses and gradient norms stay there 
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bwsk.checkpoint import Checkpoints, optimizer_state, random_states, restore_optimizer, restore_random_states
 from bwsk.device import autocast, check_precision, configure, device_name
 from bwsk.errors import BwskError
+from bwsk.faults import first_not_finite, hopeless, keep_projection_out_of_float16
 from bwsk.files import atomic_directory, read_json, sha256_file, write_json
 from bwsk.model import initial_model, load_weights, save_variant, split_block, weights
 from bwsk.params import SPLITS, Params
@@ -37,6 +38,7 @@ from bwsk.perplexity import evaluation_starts, published_perplexity
 from bwsk.progress import Bar, progress
 from bwsk.provenance import identity, versions
 from bwsk.schedule import Schedule
+from bwsk.step import check_backend, make_optimizer, make_step
 from bwsk.tokens import blocks, load_tokens
 
 MIB = 2**20
@@ -59,8 +61,10 @@ class State:
     val_steps: list[int] = field(default_factory=list)
     val_perplexity_curve: list[float] = field(default_factory=list)
     erasure_curve: list[dict[str, Any]] = field(default_factory=list)
-    nan_count: int = 0
-    skipped_steps: int = 0
+    nan_count: int = 0  # steps whose loss was not finite
+    skipped_steps: int = 0  # steps that the gradient scaler skipped
+    nan_in_a_row: int = 0
+    skipped_in_a_row: int = 0
     step_times_s: list[float] = field(default_factory=list)
     training_time_s: float = 0.0
     validation_time_s: float = 0.0
@@ -109,6 +113,7 @@ class Run:
         self.init, self.mode = params.split_variant(variant)
         train = params.train
         check_precision("train.precision", train.precision, device)
+        check_backend(train.backend, device)
         check_precision("evaluate.precision", params.evaluate.precision, device)
         configure(device, threads=train.threads, deterministic=train.deterministic, tf32=train.tf32)
 
@@ -122,19 +127,18 @@ class Run:
         if (largest := max(int(self.tokens[split].max()) for split in SPLITS)) >= vocabulary:
             raise BwskError(f"{inputs.tokens}: found token {largest}, the model's vocabulary has {vocabulary}")
         self.model.to(device).train()
+        if "float16" in (train.precision, params.evaluate.precision):
+            keep_projection_out_of_float16(self.model)
+        self.reversible = None
         if self.mode == "bwsk-reversible":
             from bwsk.reversible import make_reversible
 
-            make_reversible(self.model, budget=train.budget)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=self._lr(0),
-            betas=tuple(train.betas),
-            eps=train.eps,
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
+            self.reversible = make_reversible(self.model, budget=train.budget)
+        self.optimizer = make_optimizer(self.model, train, self._lr(0))
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
+        self.train_step = make_step(
+            train.backend, self.model, self.optimizer, self.scaler, train.precision, train.max_grad_norm
+        )
         self.meter = None
         if self.mode == "bwsk-analyzed":
             from bwsk.erasure import ErasureMeter
@@ -148,46 +152,55 @@ class Run:
         self.norms: list[Tensor] = []
         self.stop_signal: int | None = None
         self.checkpoints = Checkpoints(checkpoints, self.provenance, warn=say)
+        self.saved = self.checkpoints.folder  # the newest checkpoint, once there is one
         self._resume()
 
     def run(self) -> None:
         """Train until the last step or an early stop. Raises `Interrupted` after a signal, checkpoint written."""
         state, schedule = self.state, self.schedule
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            with progress(schedule.total_steps, f"train {self.variant}", unit="step", start=state.step) as bar:
-                clock = time.perf_counter()
-                resumed_at = state.step
-                while True:
-                    if schedule.logs(state.step) and self.losses:
-                        clock = self._collect(clock)
-                        bar.advance(0, loss=state.train_loss_curve[-1], **{"tokens/s": self._tokens_per_s()})
-                    if schedule.validates(state.step) and state.validated_step != state.step:
-                        clock = self._collect(clock, point=False)
-                        with suppress(_Stopped):  # the checkpoint is then from before the validation
-                            self._validate(bar)
-                        clock = time.perf_counter()
-                    ended = state.step == schedule.total_steps or state.stopped_early
-                    if ended or (schedule.checkpoints(state.step) and state.step != resumed_at) or self.stop_signal:
-                        clock = self._collect(clock, point=ended)
-                        path = self._checkpoint()
-                        clock = time.perf_counter()
-                        if self.stop_signal:
-                            raise Interrupted(self.stop_signal, path, state.step)
-                    if ended:
-                        return
-                    self._step()
-                    bar.advance()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with (
+            self._signals(),
+            progress(schedule.total_steps, f"train {self.variant}", unit="step", start=state.step) as bar,
+        ):
+            clock = time.perf_counter()
+            resumed_at, resumed_validated = state.step, state.validated_step
+            while True:
+                if schedule.logs(state.step) and self.losses:
+                    clock = self._collect(clock)
+                    bar.advance(0, loss=state.train_loss_curve[-1], **{"tokens/s": self._tokens_per_s()})
+                if schedule.validates(state.step) and state.validated_step != state.step:
+                    clock = self._collect(clock, point=False)
+                    with suppress(_Stopped):  # the checkpoint is then from before the validation
+                        self._validate(bar)
+                    clock = time.perf_counter()
+                ended = state.step == schedule.total_steps or state.stopped_early
+                if ended or schedule.checkpoints(state.step) or self.stop_signal:
+                    clock = self._collect(clock, point=ended)
+                    if state.step != resumed_at or state.validated_step != resumed_validated:
+                        self.saved = self._checkpoint()
+                    clock = time.perf_counter()
+                    if self.stop_signal:
+                        raise Interrupted(self.stop_signal, self.saved, state.step)
+                if ended:
+                    return
+                self._step()
+                bar.advance()
 
     def finish(self, out: Path, curves: Path | None) -> dict[str, Any]:
-        """Test the best model, write the variant's folder and its curves, and drop the checkpoints."""
+        """Test the best model, write the variant's folder and its curves, and drop the checkpoints.
+
+        Raises `Interrupted` after a signal; the checkpoint is that of the last step.
+        """
         assert self.best is not None
         load_weights(self.model, self.best)
-        with progress(self._n_windows("test"), f"test {self.variant}", unit="window") as bar:
-            test = self._perplexity("test", bar.advance)
+        with self._signals(), progress(self._n_windows("test"), f"test {self.variant}", unit="window") as bar:
+
+            def on_batch(count: int) -> None:
+                bar.advance(count)
+                if self.stop_signal:
+                    raise Interrupted(self.stop_signal, self.saved, self.state.step)
+
+            test = self._perplexity("test", on_batch)
         with atomic_directory(out) as folder:
             save_variant(self.model, self.inputs.tokenizer, folder)
             results = self._results(test, sha256_file(folder / "model.safetensors"))
@@ -201,20 +214,11 @@ class Run:
         return results
 
     def _step(self) -> None:
-        train, state = self.params.train, self.state
+        state = self.state
         batch = split_block(self.blocks[self.schedule.batch(state.step, self.params.seed)], self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(state.step)
-        with autocast(self.device, train.precision):
-            loss = self.model(**batch, use_cache=False).loss
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(loss.detach())
-        self.norms.append(norm.detach())
+        loss, norm = self.train_step(batch, self._lr(state.step))
+        self.losses.append(loss)
+        self.norms.append(norm)
         state.step += 1
 
     def _collect(self, clock: float, point: bool = True) -> float:
@@ -225,7 +229,7 @@ class Run:
         state = self.state
         if self.losses:
             losses = torch.stack(self.losses).tolist()
-            norms = torch.stack(self.norms)
+            norms = torch.stack(self.norms).tolist()
             now = time.perf_counter()
             state.training_time_s += now - clock
             state.step_times_s.append((now - clock) / len(losses))
@@ -295,7 +299,7 @@ class Run:
         tensors = {
             "model": weights(self.model),
             "optimizer": optimizer_state(self.optimizer),
-            "random": random_states(),
+            "random": random_states(self.device),
         }
         if self.best is not None:
             tensors["best"] = self.best
@@ -307,32 +311,63 @@ class Run:
         if (loaded := self.checkpoints.load(self.device)) is None:
             return
         tensors, state = loaded
-        load_weights(self.model, tensors["model"])
-        restore_optimizer(self.optimizer, tensors["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        restore_random_states(tensors["random"])
-        self.best = tensors.get("best")
-        self.state = State(**state["run"])
+        self.saved = self.checkpoints.folder / f"step-{state['run']['step']:08d}"
+        try:
+            load_weights(self.model, tensors["model"])
+            restore_optimizer(self.optimizer, tensors["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            restore_random_states(tensors["random"], self.device)
+            self.best = tensors.get("best")
+            self.state = State(**state["run"])
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BwskError(f"{self.saved}: is not a checkpoint of this model ({reason}); delete it") from None
         self.say(f"resuming after step {self.state.step} of {self.schedule.total_steps}")
 
-    def _check_finite(self, losses: list[float], norms: Tensor) -> None:
-        """Count non-finite losses and skipped steps; BwskError once no later step can be better."""
-        state = self.state
-        bad = int(np.count_nonzero(~np.isfinite(losses)))
-        state.nan_count += bad
-        if self.scaler.is_enabled():
-            # The scaler skips a step with a non-finite gradient and halves the scale, which cures an overflow of the
-            # backward pass. An overflow of the forward pass stays: every step of the interval was lost.
-            state.skipped_steps += int((~norms.isfinite()).sum())
-            hopeless = bad == len(losses) and len(losses) >= 10
-        else:
-            hopeless = bad > 0
-        if hopeless:
-            precision = self.params.train.precision
-            advice = (
-                "set train.precision to bfloat16 or float32" if precision == "float16" else "lower the learning rate"
-            )
-            raise BwskError(f"{self.variant}: the loss is not finite at step {state.step} ({precision}); {advice}")
+    def _check_finite(self, losses: list[float], norms: list[float]) -> None:
+        """Count non-finite losses and skipped steps; BwskError once no later step can be better (`faults`)."""
+        state, scaled = self.state, self.scaler.is_enabled()
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=state.step - len(losses) + 1):
+            forward, skipped = not math.isfinite(loss), not math.isfinite(norm)
+            state.nan_count += forward
+            state.nan_in_a_row = state.nan_in_a_row + 1 if forward else 0
+            state.skipped_steps += scaled and skipped
+            state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+            in_a_row = state.nan_in_a_row if forward else state.skipped_in_a_row
+            planned = self.schedule.total_steps
+            if (forward or skipped) and hopeless(forward, in_a_row, state.nan_count, planned, scaled):
+                raise self._not_finite(step, "loss" if forward else "gradient")
+
+    def _not_finite(self, step: int, what: str) -> BwskError:
+        """The error for a loss or gradient that is not finite at `step` (1-based), with the module where it began."""
+        train, state = self.params.train, self.state
+        run = self
+        if any(not bool(tensor.isfinite().all()) for tensor in weights(self.model).values()):
+            # Without a scaler the step has spoilt the weights: the same steps again, from the last checkpoint.
+            self.model.to("cpu")
+            root = self.checkpoints.folder.parent
+            run = Run(self.params, self.variant, self.inputs, root, self.device, say=lambda text: None)
+            while run.state.step < step - 1:
+                run._step()
+        if run.reversible is not None:
+            run.reversible.undo()  # the same numbers, in modules that can be watched
+
+        def loss_of_step() -> Tensor:
+            batch = split_block(run.blocks[run.schedule.batch(step - 1, run.params.seed)], run.device)
+            with autocast(run.device, train.precision):
+                return run.scaler.scale(run.model(**batch, use_cache=False).loss)
+
+        where = first_not_finite(run.model, loss_of_step) or "nowhere when the step was run again"
+        advice = (
+            "set train.precision to bfloat16 or float32"
+            if train.precision == "float16"
+            else f"set train.lr_{self.init} lower or train.warmup higher"
+        )
+        skipped = f", {state.skipped_steps} steps skipped so far" if self.scaler.is_enabled() else ""
+        return BwskError(
+            f"{self.variant}: the {what} is not finite at step {step} ({train.precision}{skipped}); "
+            f"first in {where}; {advice}"
+        )
 
     def _note_peak(self) -> None:
         if self.device.type == "cuda":
@@ -345,6 +380,16 @@ class Run:
 
     def _tokens_per_s(self) -> float:
         return self.params.train.batch_size * self.params.tokens.block / self.state.step_times_s[-1]
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask to stop where a checkpoint can be written, for as long as the block runs."""
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.stop_signal:  # asked twice: now

@@ -1,0 +1,193 @@
+"""Explain a training step that went wrong: numbers that are not finite, or memory that ran out.
+
+Under float16 two kinds of overflow look alike, a skipped step, and differ in what helps:
+
+    backward   a gradient times the loss scale exceeds 65504. The gradient scaler skips the step and halves the scale:
+               it heals by itself, and a few such steps at the start of a run are how the scale is found.
+    forward    an activation exceeds 65504, so the loss itself is not finite. No scale changes that.
+
+The feed-forward's output projection, where T5 is known to overflow, is therefore kept out of float16.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bwsk.errors import BwskError
+from bwsk.params import Params
+
+# Steps in a row without a finite loss; steps in a row that the scaler skipped: from 2^16 the scale is then below 2^-14.
+FORWARD_LIMIT = 10
+SKIPPED_LIMIT = 30
+# Share of a run's steps that forward overflows may cost altogether.
+FORWARD_SHARE = 0.02
+MIB = 2**20
+
+
+def keep_projection_out_of_float16(model: nn.Module) -> None:
+    """Compute the output projection `wo` of every T5 feed-forward in float32 where autocast is float16.
+
+    Under bfloat16, and without autocast, nothing changes. Weights, names and `state_dict` stay as they are.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("DenseReluDense.wo") and isinstance(module, nn.Linear):
+            module.forward = _Projection(module)
+
+
+class _Projection:
+    """The forward of a linear layer that steps out of float16 autocast. An object, so that models can be copied."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        kind, layer = x.device.type, self.layer
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            with torch.autocast(kind, enabled=False):
+                return F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
+        return F.linear(x, layer.weight, layer.bias)
+
+
+def hopeless(forward: bool, in_a_row: int, forward_in_all: int, planned: int, scaled: bool) -> bool:
+    """Whether a run must stop after a step that was not finite.
+
+    `forward`: its loss was not. `in_a_row`: such steps without a good one between; `forward_in_all`: of the run;
+    `scaled`: a gradient scaler skips them, else one has already spoilt the weights.
+    """
+    if not scaled:
+        return True
+    if forward:
+        return in_a_row >= FORWARD_LIMIT or forward_in_all > max(FORWARD_LIMIT, FORWARD_SHARE * planned)
+    return in_a_row >= SKIPPED_LIMIT
+
+
+def first_not_finite(model: nn.Module, loss_of_step: Callable[[], Tensor]) -> str | None:
+    """Where a value that is not finite first appears in one forward and backward: `module`, or None.
+
+    `loss_of_step` runs the forward and returns the (scaled) loss. Parameters are looked at first, then modules as
+    they finish, then the gradients of their outputs as they are made.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return f"the weights of {name}"
+    found: list[str] = []
+
+    def note(where: str, value: Any) -> None:
+        for tensor in _tensors(value):
+            if not found and not bool(tensor.isfinite().all()):
+                found.append(where)
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            note(f"the output of {name}", output)
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: note(f"the gradient of the output of {name}", gradient))
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        loss = loss_of_step()
+        note("the loss", loss)
+        if not found:
+            loss.backward()
+            for name, parameter in model.named_parameters():
+                note(f"the gradient of {name}", parameter.grad)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.zero_grad(set_to_none=True)
+    return found[0] if found else None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, (list, tuple)) else []
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out; on a CPU torch says so in the text of a RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError)
+        and any(text in str(error) for text in ("DefaultCPUAllocator", "not enough memory", "CUDA out of memory"))
+    )
+
+
+def out_of_memory(params: Params, variant: str, model: Any, device: torch.device) -> BwskError:
+    """The error that tells what a step of `variant` is predicted to need, what there is, and what would fit.
+
+    `model`: a model or its config, which is only read.
+    """
+    from bwsk.memory import predict_memory
+
+    train, half = params.train, params.tokens.block // 2
+    reversible = variant.endswith("bwsk-reversible")
+    step: dict[str, Any] = {
+        "input_length": half,
+        "target_length": half,
+        "mode": "reversible" if reversible else "conventional",
+        "precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[train.precision],
+        "budget": train.budget if reversible else None,
+        "optimizer": "fused",
+    }
+    predicted = predict_memory(model, batch=train.batch_size, **step).peak_mib
+    free = free_memory(device)
+    text = (
+        f"{variant}: out of memory on {device.type}: a step of batch {train.batch_size} is predicted to need "
+        f"{predicted:,.0f} MiB"
+    )
+    if free is None:
+        return BwskError(f"{text}; set train.batch_size lower")
+    return BwskError(f"{text}, {free:,.0f} MiB are free; {_what_fits(model, train.batch_size, free, step)}")
+
+
+def _what_fits(model: Any, batch: int, free: float, step: dict[str, Any]) -> str:
+    from bwsk.memory import largest_batch, predict_memory
+
+    fits = largest_batch(model, free, maximum=batch, **step)
+    if fits >= batch:
+        return "by this the step would fit: close what else uses the memory, or set train.batch_size lower"
+    advice = [f"set train.batch_size to {fits} at most"] if fits else []
+    for budget in ("fast", "max"):
+        other = {**step, "mode": "reversible", "budget": budget}
+        if step["budget"] != budget and predict_memory(model, batch=batch, **other).peak_mib <= free:
+            advice.append(f"train bwsk-reversible with train.budget: {budget}, which fits")
+            break
+    return ", or ".join(advice) or "not even one sequence fits: use a smaller tokens.block or a larger machine"
+
+
+def free_memory(device: torch.device) -> float | None:
+    """MiB that a job can have on `device`, what it already holds included; None if the system does not tell."""
+    if device.type == "cuda":
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / MIB
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB
+    except (ValueError, OSError):
+        return None
+    return min(free, _address_space())
+
+
+def _address_space() -> float:
+    """MiB that the process may still map under its limit (`ulimit -v`); infinite without one."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return math.inf
+    try:
+        with open("/proc/self/statm") as file:
+            mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        mapped = 0
+    return max(limit - mapped, 0) / MIB
