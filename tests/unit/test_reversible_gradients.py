@@ -11,6 +11,7 @@ from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T
 
 from bwsk import make_reversible
 from bwsk.faults import keep_projection_out_of_float16
+from bwsk.memory_tracker import cuda_rules
 from bwsk.reversible.loss import chunked_cross_entropy
 
 torch.set_num_threads(1)
@@ -144,6 +145,18 @@ def test_accumulated_gradients_are_the_same_bits(level):
     stock, ours = pair()
     reversible(ours, level)
     assert differences(train(stock, accumulate=3), train(ours, accumulate=3)) == []
+
+
+@pytest.mark.parametrize(("level", "amp"), [("fast", False), ("fast", True), ("max", False)])
+def test_the_path_of_cuda_gives_the_same_bits(level, amp):
+    """CUDA's dropout operators, softmax and loss rules, on CPU tensors: the code that CUDA runs, if not its kernels.
+
+    Not "max" in bfloat16: the CPU's kernel of `native_dropout_backward` rounds its scale to bfloat16, CUDA's does not.
+    """
+    stock, ours = pair()
+    reversible(ours, level)
+    with cuda_rules():
+        assert differences(train(stock, amp=amp), train(ours, amp=amp)) == []
 
 
 @pytest.mark.parametrize(
