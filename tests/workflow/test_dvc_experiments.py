@@ -80,6 +80,6 @@ def test_a_recorded_change_of_the_seed_alone_is_refused(experiments: Checkout, t
         shown = study.bwsk(command, ok=False)
         assert "seed was 0, is 7" in shown, command
         assert shown.count("\n") == 1
-    # And the base checkpoint, which comes first, put aside: the variant is named.
+    # And still after DVC has taken the old files for the new seed's.
     study.dvc("commit", "--force")
     assert "seed was 0, is 7" in study.bwsk("check", ok=False)
