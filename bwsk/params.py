@@ -19,6 +19,7 @@ from bwsk.errors import BwskError
 Init = Literal["finetune", "scratch"]
 Mode = Literal["conventional", "bwsk-analyzed", "bwsk-reversible"]
 Precision = Literal["float32", "bfloat16", "float16"]
+Backend = Literal["eager", "graph", "compile"]
 SPLITS = ("train", "validation", "test")
 
 Positive = Annotated[int, Field(ge=1)]
@@ -163,6 +164,7 @@ class TrainParams(_Section):
     weight_decay: float = Field(default=0.01, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     precision: Precision = Field(default="float16", description="Autocast dtype; weights stay float32.")
+    backend: Backend = Field(default="eager", description="How a step runs; graph and compile: see docs/benchmarks.md.")
     eval_every: Positive = Field(default=500, description="Steps between validations; each epoch's end has one too.")
     patience: Positive = Field(default=3, description="Validations in a row without a new best before stopping.")
     checkpoint_every: Positive = Field(default=500, description="Steps between checkpoints.")
