@@ -43,7 +43,7 @@ def test_metrics(versions: Checkout) -> None:
             results[name]["test_metric"], rel=1e-4
         )
     difference = json.loads(versions.dvc("metrics", "diff", "--json", "HEAD~1", "HEAD"))
-    changed = {path for path, values in difference["diff"].items() if values.get("test_perplexity", {}).get("diff")}
+    changed = {path for path, values in difference.items() if values.get("test_perplexity", {}).get("diff")}
     assert changed == {f"build/metrics/{name}.json" for name in VARIANTS if name.startswith("scratch")}
 
 
