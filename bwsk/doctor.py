@@ -174,7 +174,12 @@ def _dvc(place: Path) -> Finding:
         # `dvc config --list` shows a relative path as an absolute one.
         if Path(parts.path if parts.scheme == "file" else url).is_dir():
             return Finding("DVC", "ok", f"remote {remote}: {url}")
-        return Finding("DVC", "warn", f"remote {remote}: {url} is not there", "mount it or dvc remote modify it")
+        return Finding(
+            "DVC",
+            "warn",
+            f"remote {remote}: {url} is not there",
+            "the first dvc push makes it; or mount it, or dvc remote modify it",
+        )
     shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
     return Finding("DVC", "ok", f"remote {remote}: {shown}")
 
