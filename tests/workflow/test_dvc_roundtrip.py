@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from tests.workflow.dvc_study import Checkout
@@ -48,3 +49,15 @@ def test_outputs_are_plain_files(one_variant: Checkout) -> None:
             assert not file.is_symlink()
             assert file.stat().st_nlink == 1
             assert file.stat().st_mode & 0o200
+
+
+def test_make_reproduce_looks_at_the_machine_first(one_variant: Checkout) -> None:
+    """Offline, the published study cannot get its corpus: it stops before anything is run, and says why."""
+    venv = Path(sys.executable).parent.parent
+    # The environment is there: make must not install it again.
+    make = ["make", "reproduce", f"VENV={venv}", "--old-file", str(venv / ".installed")]
+    shown = one_variant.run(*make, ok=False, cwd=one_variant.root)
+    assert "fail" in shown
+    assert "Hub" in shown
+    assert "Running stage" not in shown
+    assert not (one_variant.root / "build" / "corpus").exists()
