@@ -69,8 +69,10 @@ test-dvc: $(STAMP) ## The tests of versioning: git, DVC, Snakemake and remotes, 
 	$(BIN)/python -m pytest tests/workflow -k dvc
 
 .PHONY: schema
-schema: $(STAMP) ## Generate the schema of params.yaml from bwsk/params.py
+schema: $(STAMP) ## Generate what is generated: the schema of params.yaml, DVC's stages of both studies
 	$(BIN)/bwsk schema --out workflow/schemas/params.schema.json
+	$(BIN)/bwsk stages .
+	$(BIN)/bwsk stages demo
 
 .PHONY: lock
 lock: ## Pin the newest versions that pyproject.toml admits, in a new environment
