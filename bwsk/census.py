@@ -11,11 +11,15 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from bwsk.errors import BwskError
 from bwsk.kinds import identify, leaves
-from bwsk.rules import KINDS, Rule, RuleSet, Subject, rule_set
+from bwsk.operators import Subject
+from bwsk.rules import KINDS, Rule, RuleSet
+from bwsk.ruleset_strict import composition
+from bwsk.rulesets import rule_set
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,8 @@ def _model(source: Any, revision: str | None, training: bool | None) -> tuple[nn
 
 def _row(path: str, module: nn.Module, subject: Subject, rule: Rule | None) -> Row:
     head = (path, type(module).__name__, subject.kind)
-    tail = (subject.how, {k: list(v) if isinstance(v, tuple) else v for k, v in subject.facts.items()})
+    facts = composition(subject.facts) if subject.how == "operations" else subject.facts
+    tail = (subject.how, {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()})
     size = sum(p.numel() for p in module.parameters())
     if rule is None:
         why = "no rule for this kind" if subject.kind in KINDS else "not recognised by type, behaviour or operations"
@@ -167,8 +172,6 @@ def _row(path: str, module: nn.Module, subject: Subject, rule: Rule | None) -> R
 
 
 def _with_rank(subject: Subject, module: nn.Module) -> Subject:
-    import torch
-
     weight = getattr(module, "weight", None)
     if subject.kind != "linear" or weight is None or weight.is_meta or weight.dim() != 2:
         return subject

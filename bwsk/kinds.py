@@ -6,7 +6,8 @@ Three ways, in this order, so that a verdict never hangs on what a class is call
 2. **behaviour**: the module runs on a few numbers, with small random stand-ins for its parameters, and the outcome is
    compared with what defines a kind: element-wise or not, monotone or not, invariant to the scale of a row (RMS norm),
    to its scale and offset (layer norm), affine (a linear map), rows of cosines and sines (rotary positions), ...
-3. **operations**: the operators that it dispatches on that probe are classified one by one ("composite").
+3. **operations**: the operators that it dispatches on that probe are its facts ("composite", or "routing" if one of
+   them chooses); which of those erase is for rules to say.
 
 What answers to none of these is "unknown", which every rule set calls GRAY. Probing works on meta-device modules,
 leaves the module and the global random state untouched, and is done once per class, shape and settings.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bwsk.rules import Subject
+from bwsk.operators import Subject, dispatched
 from bwsk.witness import fixed_draws
 
 _PROBE_ELEMENTS = 1 << 23  # stand-in parameters of more elements than this are not made
@@ -267,17 +268,13 @@ def _describe(probe: _Probe, x: Tensor, y: Tensor, width: int) -> Subject | None
 
 
 def _operations(probe: _Probe) -> Subject | None:
-    from bwsk.operators import kinds_dispatched
-
     for width in probe.widths or [8]:
         for shape in ((3, width), (2, 5, width), (2, width, 3, 3)):
             try:
-                ran = kinds_dispatched(lambda x: probe(x), torch.randn(shape, dtype=torch.float64))
+                ran = dispatched(probe, torch.randn(shape, dtype=torch.float64))
             except Exception:
                 continue
             if ran:
-                erasing = sorted({k for k, verdict in ran if verdict == "K"})
-                unknown = sorted({k for k, verdict in ran if verdict == "GRAY"})
-                kind = "routing" if "sorting" in erasing or "routing" in erasing else "composite"
-                return Subject(kind, {"erasing": erasing, "unknown": unknown}, "operations")
+                kind = "routing" if any(subject.kind == "routing" for subject, _ in ran) else "composite"
+                return Subject(kind, {"operations": ran}, "operations")
     return None

@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bwsk.errors import BwskError
 from bwsk.recorder import BackwardTotals, CudaDropout, Operation, Recorder
-from bwsk.rules import RuleSet, rule_set
+from bwsk.rules import RuleSet
+from bwsk.rulesets import rule_set
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -8,7 +8,8 @@ activations merges them. Roles are *data* (depends on what the model is fed), *n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -18,7 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bwsk import operator_names as names
-from bwsk.rules import Subject
+
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an operation computes: its kind, the facts that rules ask about, and how that was found out."""
+
+    kind: str
+    facts: Facts = field(default_factory=dict)
+    how: str = "type"
 
 
 class Role(IntEnum):
@@ -248,10 +259,8 @@ class Operator:
         return Subject(subject.kind, subject.facts, operator_name(self.func))
 
 
-def kinds_dispatched(function: Callable[[Tensor], Any], x: Tensor) -> list[tuple[str, str]]:
-    """Kind and strict verdict of every operator on the data's way through `function(x)`."""
-    from bwsk.ruleset_strict import primitives
-
+def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> tuple[tuple[Subject, str], ...]:
+    """Every operator on the data's way through `function(x)`: what it computes, and its name."""
     found: list[tuple[Subject, str]] = []
     roles: dict[int, Role] = {id(x): Role.DATA}
     alive: list[Any] = [x]  # a freed tensor's id would be used again
@@ -272,6 +281,4 @@ def kinds_dispatched(function: Callable[[Tensor], Any], x: Tensor) -> list[tuple
 
     with torch.no_grad(), Recorder():
         function(x)
-    # Decided out here, where nothing is recorded any more: rules run their witnesses.
-    rules = [(subject.kind, primitives().decide(subject, operator)) for subject, operator in found]
-    return [(kind, str(rule.verdict) if rule else "GRAY") for kind, rule in rules]
+    return tuple(found)

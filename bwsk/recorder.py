@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bwsk.operators import Role, identify_call, operator_name, output_role, packet_name
-from bwsk.rules import RuleSet, Subject, rule_set
+from bwsk.operators import Role, Subject, identify_call, operator_name, output_role, packet_name
+from bwsk.rules import RuleSet
+from bwsk.rulesets import rule_set
 
 _NO_FLOPS = frozenset(
     {"reshape", "identity", "constant", "random", "selection", "widening_cast", "narrowing_cast", "embedding"}

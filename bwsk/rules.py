@@ -12,25 +12,17 @@ so they run a rule's witnesses when it first decides something: no verdict is ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
 from bwsk.errors import BwskError
+from bwsk.kinds import identify
+from bwsk.operators import Facts, Subject
 from bwsk.witness import Residue, Specimen, Verdict, WitnessError
-
-Facts = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What an operation computes: its kind, the facts that rules ask about, and how that was found out."""
-
-    kind: str
-    facts: Facts = field(default_factory=dict)
-    how: str = "type"
-
 
 # Every kind of operation that rules may speak about, in one line each.
 KINDS: dict[str, str] = {
@@ -86,7 +78,7 @@ POINTWISE = frozenset({
 })  # fmt: skip
 
 
-def _always(facts: Facts) -> bool:
+def always(facts: Facts) -> bool:
     return True
 
 
@@ -105,7 +97,7 @@ class Rule:
     source: str
     witnesses: tuple[Specimen, ...]
     condition: str = "always"
-    when: Callable[[Facts], bool] = _always
+    when: Callable[[Facts], bool] = always
 
     @property
     def name(self) -> str:
@@ -211,11 +203,6 @@ class RuleSet:
 
 def subject_of(specimen: Specimen) -> Subject:
     """Kind and facts of a specimen's operation, found exactly as a census or a trace finds them."""
-    import torch
-    from torch import nn
-
-    from bwsk.kinds import identify
-
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         operation = specimen.make(generator)
@@ -226,28 +213,5 @@ def subject_of(specimen: Specimen) -> Subject:
 
 
 def _operator_exists(name: str) -> bool:
-    import torch
-
     space, colons, packet = name.partition("::")
     return bool(colons) and hasattr(getattr(torch.ops, space, None), packet.partition(".")[0])
-
-
-RULE_SETS = ("published", "strict")
-
-
-@cache
-def _built_in(name: str) -> RuleSet:
-    if name == "strict":
-        from bwsk.ruleset_strict import build
-    else:
-        from bwsk.ruleset_published import build
-    return build()
-
-
-def rule_set(rules: str | RuleSet) -> RuleSet:
-    """The rule set of that name ("published" or "strict"); a `RuleSet` is passed through."""
-    if isinstance(rules, RuleSet):
-        return rules
-    if rules not in RULE_SETS:
-        raise BwskError(f"rules {rules!r}: no such rule set; choose from {', '.join(RULE_SETS)}")
-    return _built_in(rules)

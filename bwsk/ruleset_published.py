@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bwsk.rules import Facts, Rule, RuleSet, _always
+from bwsk.operators import Facts
+from bwsk.rules import Rule, RuleSet, always
 from bwsk.ruleset_strict import ALL, BIT, BY_NAME, GRAY, NOTHING, ROW, K, S
 from bwsk.specimens_functions import SIGMOID_PLATEAU, SOFTMAX_OFFSET, TANH_PLATEAU
 from bwsk.specimens_layers import BATCH_OFFSET
@@ -24,7 +25,7 @@ def build() -> RuleSet:
     rules = RuleSet("published", opinion=True)
 
     def add(kind: str, verdict: Verdict, residue: Residue, witnesses: str | tuple[Specimen, ...], reason: str,
-            condition: str = "always", when: Callable[[Facts], bool] = _always) -> None:  # fmt: skip
+            condition: str = "always", when: Callable[[Facts], bool] = always) -> None:  # fmt: skip
         shown = tuple(BY_NAME[w] for w in witnesses.split("; ")) if isinstance(witnesses, str) else witnesses
         rules.register(Rule(kind, verdict, residue, reason, _SOURCE, shown, condition, when), prove=False)
 

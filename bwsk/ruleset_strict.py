@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable
 from functools import cache
 
-from bwsk.rules import Facts, Rule, RuleSet, _always
+from bwsk.operators import Facts
+from bwsk.rules import Rule, RuleSet, always
 from bwsk.specimens_functions import FUNCTIONS
 from bwsk.specimens_layers import LAYERS
 from bwsk.specimens_operators import OPERATORS
@@ -50,7 +51,7 @@ def primitives() -> RuleSet:
     rules = RuleSet("strict", opinion=False)
 
     def add(kind: str, verdict: Verdict, residue: Residue, witnesses: str, reason: str, source: str,
-            condition: str = "always", when: Callable[[Facts], bool] = _always) -> None:  # fmt: skip
+            condition: str = "always", when: Callable[[Facts], bool] = always) -> None:  # fmt: skip
         shown = tuple(BY_NAME[w] for w in witnesses.split("; "))
         rules.register(Rule(kind, verdict, residue, reason, source, shown, condition, when), prove=False)
 
@@ -303,6 +304,15 @@ def primitives() -> RuleSet:
     return rules
 
 
+def composition(facts: Facts) -> dict[str, list[str]]:
+    """Kinds of the operators that a composite runs and that erase, and of those that no strict rule decides."""
+    decided = [(subject.kind, primitives().decide(subject, operator)) for subject, operator in facts["operations"]]
+    return {
+        "erasing": sorted({kind for kind, rule in decided if rule and rule.verdict is K}),
+        "unknown": sorted({kind for kind, rule in decided if not rule or rule.verdict is GRAY}),
+    }
+
+
 def build() -> RuleSet:
     """The strict rule set: the primitives, and composites by what they consist of."""
     rules = RuleSet("strict", opinion=False)
@@ -317,7 +327,7 @@ def build() -> RuleSet:
             "its operators' rules",
             (erasing,),
             "an operator erases",
-            lambda f: bool(f["erasing"]),
+            lambda f: bool(composition(f)["erasing"]),
         ),
         Rule(
             "composite",
@@ -327,7 +337,7 @@ def build() -> RuleSet:
             "its operators' rules",
             (preserving,),
             "all operators preserve",
-            lambda f: not f["erasing"] and not f["unknown"],
+            lambda f: not any(composition(f).values()),
         ),
     ):
         rules.register(rule, prove=False)

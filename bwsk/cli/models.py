@@ -29,7 +29,7 @@ def classify(
     """Count the S-type and K-type modules of a model, under the published and the strict rules."""
     from bwsk.architecture import load
     from bwsk.census import classify as census_of
-    from bwsk.rules import RULE_SETS, rule_set
+    from bwsk.rulesets import RULE_SETS, rule_set
 
     rule_set(rules)  # an unknown set is refused before anything is built
     module, name = load(model)

@@ -22,6 +22,8 @@ from functools import cache
 from typing import Any
 
 from bwsk.errors import BwskError
+from bwsk.operators import Subject
+from bwsk.rulesets import rule_set
 
 MIB = 1 << 20
 
@@ -228,7 +230,5 @@ def _best_move(plan: Plan, alive: int, working: int | None, limit: float | None)
 @cache
 def verdict(kind: str, **facts: object) -> str:
     """The S/K verdict and residue of the strict rules for one kind of operation, such as "K: one bit per element"."""
-    from bwsk.rules import Subject, rule_set
-
     rule = rule_set("strict").decide(Subject(kind, facts))
     return "GRAY" if rule is None else f"{rule.verdict.value}: {rule.residue.value}"

@@ -29,11 +29,9 @@ def model(tmp_path_factory):
 @pytest.fixture
 def gray(tmp_path, monkeypatch):
     """A model that no rule fully covers, as far as the commands can see."""
-    import bwsk.rules
+    from bwsk.rulesets import rule_set
 
-    strict = bwsk.rules.rule_set("strict")
-    published = bwsk.rules.rule_set("published")
-    for rules in (strict, published):
+    for rules in (rule_set("strict"), rule_set("published")):
         monkeypatch.setattr(rules, "rules", {k: v for k, v in rules.rules.items() if k != "relu"})
 
 

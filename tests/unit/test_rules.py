@@ -12,8 +12,9 @@ from torch import nn
 
 from bwsk.errors import BwskError
 from bwsk.operators import Operator
-from bwsk.rules import KINDS, Rule, RuleSet, rule_set
+from bwsk.rules import KINDS, Rule, RuleSet
 from bwsk.ruleset_strict import BY_NAME, SPECIMENS, keeps_dimensions, keeps_positions
+from bwsk.rulesets import rule_set
 from bwsk.witness import Residue, Specimen, Verdict, WitnessError
 
 STRICT = list(rule_set("strict"))
