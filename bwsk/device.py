@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from bwsk.allocator import keep_freed_memory
 from bwsk.errors import BwskError
 from bwsk.locks import POLL_SECONDS, Lock, holder, try_lock
-from bwsk.params import Precision
+
+if TYPE_CHECKING:
+    from bwsk.params import Precision
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # One lock per GPU of the machine, whoever uses it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from bwsk.errors import BwskError
-from bwsk.params import Init
+
+if TYPE_CHECKING:
+    from bwsk.params import Init
 
 # Its bars for loading and saving would end up as noise in the logs of jobs.
 disable_progress_bar()

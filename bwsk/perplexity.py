@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ from torch import Tensor
 from bwsk.device import autocast
 from bwsk.errors import BwskError
 from bwsk.model import split_block
-from bwsk.params import EvaluateParams
-from bwsk.tokens import windows
+
+if TYPE_CHECKING:
+    from bwsk.params import EvaluateParams
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def evaluation_starts(
     n_tokens: int, window: int, stride: int, max_windows: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Starts of the published (overlapping) and of the plain windows, each cut to the first `max_windows`."""
+    from bwsk.tokens import windows  # brings the validation of parameters, which a bare GPU machine does without
+
     return windows(n_tokens, window, stride)[:max_windows], windows(n_tokens, window, window)[:max_windows]
 
 

@@ -19,13 +19,16 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from bwsk.device import autocast
 from bwsk.errors import BwskError
-from bwsk.params import Backend, Precision, TrainParams
+
+if TYPE_CHECKING:
+    from bwsk.params import Backend, Precision, TrainParams
 
 Batch = dict[str, Tensor]
 
