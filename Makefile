@@ -34,11 +34,15 @@ demo: $(STAMP) ## Run the embedded study end to end and show its results
 
 .PHONY: test
 test: lint ## Lint and all quick tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not faults"
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## The tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+.PHONY: test-faults
+test-faults: $(STAMP) ## The full fault-injection suite: kills, bad input, determinism (at most 20 minutes)
+	$(BIN)/python -m pytest -m faults tests/faults
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, snakefmt, snakemake --lint

@@ -140,6 +140,17 @@ def partial_folder(path: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def require_writable(folder: Path) -> None:
+    """BwskError if `folder` could not be written at the end of a long step; nothing is created."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise BwskError(f"{existing}: is a file where a folder is to be written; move it away")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise BwskError(f"{existing}: cannot be written; name a writable directory")
+
+
 def disk_fault(error: Exception) -> str | None:
     """What the operating system said, if `error` is its refusal to write (full, read-only, …); else None.
 

@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from bwsk.errors import BwskError
@@ -43,12 +44,9 @@ def try_lock(path: Path, waited: bool = False) -> Lock | None:
     if not flock(descriptor):
         os.close(descriptor)
         return None
-    note = f"pid {os.getpid()} on {platform.node()}, {_command()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    try:
+    with suppress(OSError):  # another user's file, or a full disk: the lock holds without the name
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, note.encode(), 0)
-    except OSError:  # another user's file, or a full disk: the lock holds without the name
-        pass
+        os.pwrite(descriptor, _signature().encode(), 0)
     return Lock(path, descriptor, waited)
 
 
@@ -95,6 +93,46 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDONLY | flags)
 
 
+def _signature() -> str:
+    return f"pid {os.getpid()} on {platform.node()}, {_command()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
 def _command() -> str:
     """The command that runs, by its program and first two arguments: enough to recognise it, no secrets of others."""
     return " ".join([Path(sys.argv[0] or "python").name, *sys.argv[1:3]])[:120]
+
+
+def hold_study(state: Path) -> str | None:
+    """Mark the study whose Snakemake state is in `state` (`.snakemake`) as in use for as long as this process lives.
+
+    A killed Snakemake leaves its own locks behind and refuses to start again; they are removed if no other process
+    of this machine is alive in the study. Else returns who is, if a run is under way there.
+    """
+    path, locks = state / "bwsk.lock", state / "locks"
+    try:
+        state.mkdir(exist_ok=True)
+        descriptor = _open(path)
+    except OSError:
+        return None  # nothing can be written here: Snakemake will say so if it has to
+    alone = flock(descriptor)
+    abandoned = list(locks.glob("*.lock"))
+    if alone and abandoned and f" on {platform.node()}," in holder(path):
+        for lock in abandoned:
+            lock.unlink(missing_ok=True)
+    if alone:
+        sign_study(state)
+    # From now on shared: any number of processes can look at a study, and none of them is alone.
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    _HELD.append(descriptor)
+    return holder(path) if abandoned and not alone else None
+
+
+def sign_study(state: Path) -> None:
+    """Note this process as the one that runs the study."""
+    with suppress(OSError):
+        (state / "bwsk.lock").write_text(_signature(), encoding="utf-8")
+
+
+# Descriptors of locks that last until the process ends.
+_HELD: list[int] = []

@@ -32,7 +32,7 @@ from bwsk.device import autocast, check_precision, configure, device_name
 from bwsk.errors import BwskError
 from bwsk.faults import first_not_finite, hopeless, keep_projection_out_of_float16
 from bwsk.files import atomic_directory, read_json, sha256_file, write_json
-from bwsk.model import initial_model, load_weights, save_variant, split_block, weights
+from bwsk.model import TOKENIZER_FILES, initial_model, load_weights, save_variant, split_block, weights
 from bwsk.params import SPLITS, Params
 from bwsk.perplexity import evaluation_starts, published_perplexity
 from bwsk.progress import Bar, progress
@@ -84,6 +84,36 @@ class Inputs:
     census: Path
     memory: Path | None = None
 
+    def check(self, init: str) -> tuple[dict[str, Any], dict[str, str]]:
+        """base.json and the sha256 of the tokens of each split; BwskError if a file is missing or another's.
+
+        Everything that a run reads at its end is looked at here, before it trains.
+        """
+        base, tokens = read_json(self.base / "base.json"), read_json(self.tokens / "tokens.json")
+        recorded = {self.base / "config.json": lambda: base["config_sha256"]}
+        if init == "finetune":
+            recorded[self.base / "model.safetensors"] = lambda: base["sha256"]
+        for split in SPLITS:
+            recorded[self.tokens / f"{split}.npy"] = lambda split=split: tokens["splits"][split]["sha256"]
+        for file, sha256 in recorded.items():
+            try:
+                known, found = sha256(), sha256_file(file)
+            except (KeyError, TypeError):
+                raise BwskError(f"{file}: its step recorded no sha256 of it; run that step again") from None
+            except OSError as error:
+                raise BwskError(f"{file}: cannot be read ({error.strerror}); run the step that makes it") from None
+            if found != known:
+                raise BwskError(f"{file}: is not the file that its step wrote; run that step again")
+        for file, keys in ((self.census, ("s_ratio", "k_ratio")), (self.memory, ("peak_mib",))):
+            values = read_json(file) if file else {}
+            for key in keys if file else ():
+                if not isinstance(values.get(key), (int, float)):
+                    raise BwskError(f"{file}: found {values.get(key)!r} as {key}, must be a number; make it again")
+        for name in TOKENIZER_FILES:
+            if not (self.tokenizer / name).is_file():
+                raise BwskError(f"{self.tokenizer / name}: no such file; run the tokenizer step")
+        return base, {split: tokens["splits"][split]["sha256"] for split in SPLITS}
+
 
 class Interrupted(Exception):
     """A signal asked the run to stop; a checkpoint has been written. `signum` is the signal."""
@@ -117,10 +147,10 @@ class Run:
         check_precision("evaluate.precision", params.evaluate.precision, device)
         configure(device, threads=train.threads, deterministic=train.deterministic, tf32=train.tf32)
 
+        self.provenance = self._provenance()
         self.tokens = {split: load_tokens(inputs.tokens, split) for split in SPLITS}
         self.blocks = blocks(self.tokens["train"], params.tokens.block)
         self.schedule = Schedule(train, len(self.blocks))
-        self.provenance = self._provenance()
 
         self.model = initial_model(self.init, inputs.base, params.seed)
         vocabulary = self.model.get_input_embeddings().num_embeddings
@@ -398,8 +428,7 @@ class Run:
         self.say(f"{signal.Signals(signum).name}: writing a checkpoint, then stopping (again to stop at once)")
 
     def _provenance(self) -> dict[str, Any]:
-        base = read_json(self.inputs.base / "base.json")
-        shas = {split: read_json(self.inputs.tokens / "tokens.json")["splits"][split]["sha256"] for split in SPLITS}
+        base, shas = self.inputs.check(self.init)
         return {
             "identity": identity(self.params, "train", self.variant),
             "seed": self.params.seed,
@@ -446,6 +475,19 @@ class Run:
             "train_loss_curve": state.train_loss_curve,
             "provenance": {**self.provenance, "weights_sha256": weights_sha256},
         }
+
+
+def finished(out: Path, curves: Path | None, provenance: dict[str, Any]) -> dict[str, Any] | None:
+    """The results of a variant in `out` if it is complete and of exactly this provenance, else None."""
+    try:
+        results = read_json(out / "training_results.json")
+        found = dict(results["provenance"])
+        weights_sha256 = found.pop("weights_sha256")
+        same = found == provenance and sha256_file(out / "model.safetensors") == weights_sha256
+    except (BwskError, OSError, KeyError, TypeError, ValueError):
+        return None
+    complete = curves is None or (curves / "validation.csv").is_file()
+    return results if same and complete else None
 
 
 def _write_csv(path: Path, name: str, steps: list[int], values: list[float]) -> None:

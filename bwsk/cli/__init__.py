@@ -1,6 +1,6 @@
 """The command line: the only part of bwsk that touches argv, and the seam that the workflow calls.
 
-`main` turns a `BwskError` into one line on standard error and exit status 1.
+`main` turns a `BwskError`, and what the operating system refuses, into one line on standard error and exit status 1.
 """
 
 from __future__ import annotations
@@ -23,4 +23,10 @@ def main() -> None:
         app()
     except BwskError as error:
         print(f"bwsk: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # a full disk or a missing right that no command has words of its own for
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"bwsk: error: {where}{error.strerror or error}; free space or set rights, then again", file=sys.stderr)
         sys.exit(1)

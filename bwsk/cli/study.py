@@ -30,19 +30,40 @@ def train(
 ) -> None:
     """Train one variant; run the same command again after an interruption and it continues."""
     from bwsk.device import pick_device
+    from bwsk.faults import is_out_of_memory, out_of_memory
+    from bwsk.files import require_writable
+    from bwsk.locks import wait_lock
     from bwsk.params import load_params
-    from bwsk.train import Inputs, Interrupted, Run
+    from bwsk.train import Inputs, Interrupted, Run, finished
 
     params = load_params(params_file)
     params.split_variant(variant)
+    for folder in (out, *([curves] if curves else [])):
+        require_writable(folder)
     inputs = Inputs(tokens=tokens, tokenizer=tokenizer, base=base, census=census, memory=memory)
-    run = Run(params, variant, inputs, checkpoints / variant, pick_device(gpus), say=_say)
+    # One process at a time: also one that was left behind when its Snakemake was killed, which may still be training.
+    lock = wait_lock(checkpoints / f"{variant}.lock", f"{variant}", say=_say)
+    device = pick_device(gpus)
     try:
-        run.run()
+        run = Run(params, variant, inputs, checkpoints / variant, device, say=_say)
+        if lock.waited and (results := finished(out, curves, run.provenance)):
+            _say(f"{variant}: trained meanwhile by the process that was waited for, from the same inputs; kept")
+        else:
+            run.run()
+            results = run.finish(out, curves)
     except Interrupted as interrupted:
         _say(str(interrupted))
         sys.exit(128 + interrupted.signum)
-    results = run.finish(out, curves)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        oom = True
+    else:
+        oom = False
+    if oom:  # out of the handler: the failed step's tensors, which its traceback holds, are free by now
+        from transformers import AutoConfig
+
+        raise out_of_memory(params, variant, AutoConfig.from_pretrained(base, trust_remote_code=False), device)
     _say(
         f"{variant}: validation perplexity {results['best_val_metric']:.4g} (step {results['best_step']}), "
         f"test perplexity {results['test_metric']:.4g}, "

@@ -13,6 +13,7 @@ from snakemake.utils import validate
 sys.path.insert(0, str(workflow.basedir))
 
 from bwsk.errors import BwskError
+from bwsk.locks import hold_study, sign_study
 from bwsk.params import load_params
 from bwsk.provenance import identity
 
@@ -74,6 +75,16 @@ def memory_prediction(wildcards):
     """The prediction for a variant's engine; bwsk-analyzed trains with the conventional one."""
     engine = "reversible" if wildcards.variant.endswith("reversible") else "conventional"
     return f"build/analysis/memory-{engine}.json"
+
+
+# Before Snakemake looks at its own locks: those that a killed one has left behind go, those of a live one get a name.
+if workflow.is_main_process:
+    if user := hold_study(Path(".snakemake")):
+        print(f"bwsk: this study is in use by {user}; wait for its end", file=sys.stderr)
+
+
+onstart:
+    sign_study(Path(".snakemake"))
 
 
 onerror:

@@ -1,0 +1,134 @@
+"""A process that has imported torch and runs `bwsk` commands in forks of itself, which are then killed.
+
+    python -m tests.faults.server < requests > answers
+
+A request is a line of JSON: `argv`, `cwd`, `output` (file for both streams), and for a child that is to kill itself
+`kill`: {"events": "calls" | "files", "at": n}. Each fork is a process of its own that runs the real command line; with
+`kill` it sends SIGKILL to itself at the n-th call of a function of bwsk, or at the n-th operation on files: points
+that can be drawn at random and hit again. Answers: {"pid"}, then {"status", "count", "place"}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import bwsk
+
+PACKAGE = str(Path(bwsk.__file__).parent)
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "shutil.rmtree"}
+
+
+def preload() -> None:
+    """Import what the commands would import, once for all of them."""
+    import transformers.models.auto.modeling_auto
+    import transformers.models.t5.modeling_t5
+    import transformers.models.t5.tokenization_t5  # noqa: F401
+
+    import bwsk.cli
+    import bwsk.erasure
+    import bwsk.evaluate
+    import bwsk.faults
+    import bwsk.reversible.t5
+    import bwsk.train  # noqa: F401
+
+
+def serve() -> None:
+    preload()
+    print(json.dumps({"ready": PACKAGE}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(read)
+            child(request, write)
+        os.close(write)
+        print(json.dumps({"pid": pid}), flush=True)
+        with os.fdopen(read) as pipe:
+            told = json.loads(pipe.read() or "{}")
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status), **told}), flush=True)
+
+
+def child(request: dict[str, Any], report: int) -> None:
+    """Run one command as its own process would; never returns."""
+    status = 70
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        out = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(request["cwd"])
+        sys.argv = ["bwsk", *request["argv"]]
+        counter = Counter(report, **request["kill"]) if request.get("kill") else None
+        from bwsk.cli import main
+
+        if counter:
+            counter.install()
+        try:
+            main()
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if counter:
+            counter.tell("end")
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+class Counter:
+    """Counts events and kills the process at the `at`-th (never, if 0)."""
+
+    def __init__(self, report: int, events: str, at: int) -> None:
+        self.report, self.events, self.at = report, events, at
+        self.count = 0
+
+    def install(self) -> None:
+        if self.events == "calls":
+            sys.setprofile(self.on_call)
+        else:
+            sys.addaudithook(self.on_audit)
+
+    def on_call(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event in ("call", "return") and frame.f_code.co_filename.startswith(PACKAGE):
+            self.next()
+
+    def on_audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in FILE_EVENTS and not (event == "open" and arguments[1] in ("r", "rb", None)):
+            self.next()
+
+    def next(self) -> None:
+        self.count += 1
+        if self.count == self.at:
+            self.tell(place())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def tell(self, where: str) -> None:
+        os.write(self.report, json.dumps({"count": self.count, "place": where}).encode())
+
+
+def place() -> str:
+    """The functions of bwsk that are running, innermost last."""
+    names, frame = [], sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return ">".join(reversed(names))
+
+
+if __name__ == "__main__":
+    serve()
