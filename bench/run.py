@@ -1,0 +1,239 @@
+"""Ours beside what a user would otherwise run, in one go: `python bench/run.py OUT` (or `make bench`), CPU or GPU.
+
+Every rival runs in a process of its own (`bench/worker.py`) beside one of the plain loop; the two take turns, a burst
+of steps each, in the order A B, B A, A B, …, so that whatever else the machine does falls on both. Printed and written
+to OUT/step-DEVICE.json, medians over the bursts: time per step and its ratio to the plain loop's neighbouring burst,
+tokens/s, share of the time that the GPU was busy, peak memory on the device, evaluation windows/s (ours in batches of
+32, the plain one at batch 1), and the time of the whole study that follows from these. Not measured is null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# The published study: six runs of 13,860 steps; a validation every 500 steps and at each epoch's end (37), one test.
+# Windows of WikiText-2 (raw) at stride 128: validation 2,289, test 2,641 (tests/real/test_tokens_real.py).
+RUNS, STEPS = 6, 13_860
+WINDOWS = 37 * 2_289 + 2_641
+
+CPU_RIVALS = ["ours-conventional-eager", "ours-reversible-eager", "trainer", "trainer-ckpt", "plain-ckpt"]
+GPU_RIVALS = ["ours-conventional-graph", "ours-reversible-graph", *CPU_RIVALS]
+COMPILED = ["ours-conventional-compile", "trainer-compile"]
+
+
+class Worker:
+    """A rival's process. `ask` sends a command and waits for its answer."""
+
+    def __init__(self, rival: str, precision: str, options: list[str]) -> None:
+        self.rival = rival
+        command = [sys.executable, str(ROOT / "bench" / "worker.py"), rival, "--precision", precision, *options]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """The answer to a command; RuntimeError with the process's last line if it has ended."""
+        try:
+            self.process.stdin.write(json.dumps(command) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            last = (self.process.stderr.read().strip().splitlines() or ["no message"])[-1]
+            raise RuntimeError(last.removeprefix("bwsk.errors.BwskError: "))
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process."""
+        with suppress(BrokenPipeError):  # it has ended already
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+def compare(rival: str, precision: str, args: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
+    """Rows of the plain loop and of one rival, measured in turns."""
+    pair = [Worker("plain", precision, options), Worker(rival, precision, options)]
+    try:
+        for worker in pair:
+            worker.ask(do="steps", count=args.warm)
+        bursts: dict[str, list[dict[str, float]]] = {worker.rival: [] for worker in pair}
+        for index in range(args.rounds):
+            for worker in pair if index % 2 == 0 else reversed(pair):
+                bursts[worker.rival].append(worker.ask(do="steps", count=args.steps))
+        ratios = {
+            key: statistics.median(
+                mine[key] / theirs[key] for mine, theirs in zip(bursts[rival], bursts["plain"], strict=True)
+            )
+            for key in ("ms", "cpu_ms")
+        }
+        rows = []
+        for worker in pair:
+            found = bursts[worker.rival]
+            ms = statistics.median(burst["ms"] for burst in found)
+            own = worker.rival == rival
+            speed = worker.ask(do="evaluate", windows=args.windows)["windows_per_s"] if args.windows else None
+            rows.append(
+                {
+                    "rival": worker.rival,
+                    "beside": rival,
+                    "precision": precision,
+                    "step_ms": round(ms, 3),
+                    "ratio_to_plain": round(ratios["ms"], 4) if own else 1.0,
+                    "cpu_ratio_to_plain": round(ratios["cpu_ms"], 4) if own else 1.0,
+                    "tokens_per_s": round(args.batch * (args.input + args.target) / ms * 1e3, 1),
+                    "bursts_ms": [round(burst["ms"], 3) for burst in found],
+                    "gpu_busy": worker.ask(do="busy", count=args.steps)["busy"] if args.device == "cuda" else None,
+                    "peak_mib": worker.ask(do="memory")["peak_mib"],
+                    "windows_per_s": None if speed is None else round(speed, 3),
+                    "projected_study_s": None if speed is None else round(projected(ms, speed, args)),
+                }
+            )
+        return rows
+    finally:
+        for worker in pair:
+            worker.close()
+
+
+def projected(ms: float, windows_per_s: float, args: argparse.Namespace) -> float | None:
+    """Seconds of the six published runs at these speeds, without start-up: a projection, not a measurement."""
+    return RUNS * (STEPS * ms / 1e3 + WINDOWS / windows_per_s)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers belong to."""
+    import torch
+    import transformers
+
+    model = None
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "cpu": model or platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "system": platform.system(),
+    }
+
+
+def load_average() -> list[float] | None:
+    """Processes that wanted a core in the last 1, 5 and 15 minutes: how quiet the machine was."""
+    path = Path("/proc/loadavg")
+    return [float(value) for value in path.read_text().split()[:3]] if path.is_file() else None
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    heads = ("ms/step", "x plain", "CPU x plain", "tokens/s", "busy", "peak MiB", "windows/s", "study, min")
+    print(f"{'':28} {'':5}" + "".join(f"{head:>12}" for head in heads))
+    for row in rows:
+        study = row["projected_study_s"]
+        values = (
+            cell(row["step_ms"], "12.1f"),
+            cell(row["ratio_to_plain"], "12.3f"),
+            cell(row["cpu_ratio_to_plain"], "12.3f"),
+            cell(row["tokens_per_s"], "12.0f"),
+            f"{cell(row['gpu_busy'], '.0%'):>12}",
+            f"{cell(row['peak_mib'], ',.0f'):>12}",
+            f"{cell(row['windows_per_s'], '.2f'):>12}",
+            f"{cell(None if study is None else study / 60, ',.0f'):>12}",
+        )
+        print(f"{row['rival']:28} {row['precision']:5}" + "".join(values), flush=True)
+
+
+def main() -> None:
+    """Parse arguments, measure pair by pair, print, write."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="directory for the JSON")
+    parser.add_argument(
+        "--rivals", nargs="+", help="default: all that the device can run; compiled ones with --compile"
+    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--model", help="config.json, directory or Hub id of a T5 (default: T5-small's shape)")
+    parser.add_argument("--attention", choices=("eager", "sdpa"), default="eager")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--input", type=int, default=256)
+    parser.add_argument("--target", type=int, default=256)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10 if cuda else 5, help="bursts per rival")
+    parser.add_argument("--steps", type=int, default=20 if cuda else 1, help="steps per burst")
+    parser.add_argument("--warm", type=int, default=20 if cuda else 3, help="untimed steps before the first burst")
+    parser.add_argument("--windows", type=int, default=640 if cuda else 32, help="evaluation windows; 0: none")
+    parser.add_argument("--seconds", type=float, help="start no further pair after this time")
+    parser.add_argument("--name", help="name of the JSON file (default: step-DEVICE)")
+    args = parser.parse_args()
+    rivals = args.rivals or [
+        *(GPU_RIVALS if args.device == "cuda" else CPU_RIVALS),
+        *(COMPILED if args.compile else []),
+    ]
+    options = [
+        f"--{key}={getattr(args, key)}" for key in ("batch", "input", "target", "attention", "device", "threads")
+    ]
+    options += ["--model", args.model] if args.model else []
+    began, load = time.perf_counter(), load_average()
+    rows: list[dict[str, Any]] = []
+    missing: list[dict[str, str]] = []
+    for precision in args.precisions:
+        for rival in rivals:
+            late = args.seconds is not None and time.perf_counter() - began > args.seconds
+            try:
+                if late:
+                    raise RuntimeError("no time left")
+                found = compare(rival, precision, args, options)
+            except RuntimeError as error:  # one rival that cannot run here is not the end of the others
+                missing.append({"rival": rival, "precision": precision, "reason": str(error)})
+                print(f"{rival:28} {precision:5} not measured: {error}", flush=True)
+                continue
+            rows += found
+            show(found)
+    result = {
+        "command": " ".join(["python", "bench/run.py", *sys.argv[1:]]),
+        "machine": machine(args.device),
+        "threads": args.threads,
+        "load_average": {"before": load, "after": load_average()},
+        "shape": {"batch": args.batch, "input": args.input, "target": args.target},
+        "model": args.model or "T5-small's shape",
+        "attention": args.attention,
+        "rounds": args.rounds,
+        "steps_per_burst": args.steps,
+        "rows": rows,
+        "not_measured": missing,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.name or f'step-{args.device}'}.json"
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""One way to train, alone in its process, driven over pipes: what `bench/run.py` puts side by side.
+
+A process of its own, so that allocator, compiler, threads and peak memory of one rival do not reach another. It reads a
+command per line from standard input and answers with a line of JSON on standard output:
+
+    {"do": "steps", "count": n}      n optimizer steps, timed together: {"ms", "cpu_ms"} per step
+    {"do": "busy", "count": n}       the same under the profiler: {"busy"}, share of the time that a kernel ran (CUDA)
+    {"do": "evaluate", "windows": n} perplexity on n windows: {"windows_per_s"}
+    {"do": "memory"}                 {"peak_mib"}, most that was allocated on the device; null on the CPU
+
+The rivals, at the same weights, precision and attention:
+
+    plain          the publication's loop: foreach AdamW, the cache left on, `loss.item()` and a NaN check each step
+    plain-ckpt     the same with the framework's checkpointing of whole blocks (the publication's "reversible")
+    trainer…       Seq2SeqTrainer with the fused AdamW; -ckpt with checkpointing, -compile with torch_compile
+    ours-MODE-BACKEND   `bwsk.step` as `bwsk train` runs it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.rivals import config
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+WINDOW, STRIDE = 512, 128
+
+
+class Gate:
+    """Hands out steps by command: a rival's loop asks `begin()` before a step and calls `end()` after it."""
+
+    def __init__(self, device: torch.device, evaluate: Callable[[int], float]) -> None:
+        self.device, self.evaluate = device, evaluate
+        self.left = 0
+        self.count = 0
+        self.profiler: Any = None
+        # Libraries print: answers go to a copy of standard output, everything else to standard error.
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def begin(self) -> None:
+        while self.left == 0:
+            line = sys.stdin.readline()
+            if not line:
+                raise SystemExit(0)
+            self._command(json.loads(line))
+
+    def _command(self, command: dict[str, Any]) -> None:
+        if command["do"] in ("steps", "busy"):
+            self.left = self.count = command["count"]
+            if command["do"] == "busy" and self.device.type == "cuda":
+                self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                self.profiler.start()
+            self.busy = command["do"] == "busy"
+            self.sync()
+            self.started = time.perf_counter(), time.process_time()
+        elif command["do"] == "evaluate":
+            self.sync()
+            self._answer(windows_per_s=self.evaluate(command["windows"]))
+        elif command["do"] == "memory":
+            cuda = self.device.type == "cuda"
+            self._answer(peak_mib=torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None)
+        else:
+            raise SystemExit(f"bench/worker: unknown command {command}")
+
+    def end(self) -> None:
+        self.left -= 1
+        if self.left:
+            return
+        self.sync()
+        wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+        if not self.busy:
+            self._answer(ms=1e3 * wall / self.count, cpu_ms=1e3 * cpu / self.count)
+            return
+        busy = None
+        if self.profiler is not None:
+            self.profiler.stop()
+            events = self.profiler.key_averages()
+            busy = sum(event.self_device_time_total for event in events) / 1e6 / wall
+            self.profiler = None
+        self._answer(busy=busy)
+
+    def _answer(self, **values: Any) -> None:
+        print(json.dumps(values, allow_nan=False), file=self.answers, flush=True)
+
+
+def batches(model: Any, shape: tuple[int, int, int], device: torch.device):
+    """Endless random batches, moved as `bwsk train` moves them."""
+    generator = np.random.default_rng(0)
+    batch, ins, outs = shape
+    while True:
+        tokens = torch.from_numpy(generator.integers(1, model.config.vocab_size, (batch, ins + outs)))
+        if device.type == "cuda":
+            tokens = tokens.pin_memory().to(device, non_blocking=True)
+        yield {"input_ids": tokens[:, :ins], "labels": tokens[:, ins:].contiguous()}
+
+
+def evaluation(model: Any, precision: str, batch_size: int) -> Callable[[int], float]:
+    """Windows per second of the published perplexity in batches of `batch_size`."""
+    from bwsk.perplexity import window_nll
+
+    # The fields of EvaluateParams that are read; its module needs pydantic, which a bare GPU machine may not have.
+    params = SimpleNamespace(batch_size=batch_size, precision=DTYPES[precision], max_windows=None)
+
+    def run(windows: int) -> float:
+        starts = np.arange(windows) * STRIDE
+        tokens = np.random.default_rng(1).integers(1, model.config.vocab_size, int(starts[-1]) + WINDOW + 1)
+        began = time.perf_counter()
+        window_nll(model, tokens, starts, WINDOW, params)
+        return windows / (time.perf_counter() - began)
+
+    return run
+
+
+def plain(gate: Gate, model: Any, source: Any, precision: str, checkpointing: bool) -> None:
+    """The publication's loop."""
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    device = gate.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    losses = []
+    while True:
+        gate.begin()
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32"):
+            loss = model(**next(source)).loss
+        if torch.isnan(loss) or torch.isinf(loss):
+            raise SystemExit("bench/worker: the plain loop's loss is not finite")
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+        gate.end()
+
+
+def ours(gate: Gate, model: Any, source: Any, precision: str, shape: tuple[int, int, int], name: str) -> None:
+    """The product's own step: `ours-conventional-eager`, `ours-reversible-graph`, …"""
+    from bwsk import make_reversible
+    from bwsk.allocator import keep_freed_memory
+    from bwsk.step import make_optimizer, make_step
+
+    _, mode, backend = name.split("-")
+    if gate.device.type == "cpu":
+        keep_freed_memory()
+    if mode == "reversible":
+        batch, ins, outs = shape
+        make_reversible(model, "fast", batch=batch, input_length=ins, target_length=outs, precision=precision)
+    recipe = SimpleNamespace(betas=[0.9, 0.999], eps=1e-8, weight_decay=0.01)
+    optimizer = make_optimizer(model, recipe, 1e-5)
+    scaler = torch.amp.GradScaler(gate.device.type, enabled=precision == "fp16")
+    step = make_step(backend, model, optimizer, scaler, DTYPES[precision], 1.0)
+    while True:
+        gate.begin()
+        step(next(source), 1e-5)
+        gate.end()
+
+
+def trainer(gate: Gate, model: Any, source: Any, precision: str, shape: tuple[int, int, int], name: str) -> None:
+    """Seq2SeqTrainer as a user would set it up."""
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+
+    one = batches(model, (1, *shape[1:]), torch.device("cpu"))
+    data = [{key: value[0] for key, value in next(one).items()} for _ in range(64)]
+
+    class Driven(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            gate.begin()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            gate.end()
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=shape[0],
+            max_steps=10**6,
+            gradient_checkpointing="ckpt" in name,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if "ckpt" in name else None,
+            torch_compile="compile" in name,
+            optim="adamw_torch_fused",
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=gate.device.type == "cpu",
+            logging_strategy="no",
+        )
+        Seq2SeqTrainer(model=model, args=arguments, train_dataset=data * shape[0], callbacks=[Driven()]).train()
+
+
+def main() -> None:
+    """Build the model, then run the rival until standard input ends."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rival")
+    parser.add_argument("--model")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--input", type=int, default=256)
+    parser.add_argument("--target", type=int, default=256)
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--attention", default="eager")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    from transformers import T5ForConditionalGeneration
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    model = T5ForConditionalGeneration(config(args.model, args.attention)).to(device).train()
+    shape = (args.batch, args.input, args.target)
+    ours_too = args.rival.startswith("ours")
+    gate = Gate(device, evaluation(model, "fp32", 32 if ours_too else 1))
+    source = batches(model, shape, device)
+    if args.rival in ("plain", "plain-ckpt"):
+        plain(gate, model, source, args.precision, args.rival.endswith("ckpt"))
+    elif ours_too:
+        ours(gate, model, source, args.precision, shape, args.rival)
+    elif args.rival.startswith("trainer"):
+        trainer(gate, model, source, args.precision, shape, args.rival)
+    else:
+        parser.error(f"unknown rival {args.rival}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""A step: the plain loop's bits, no wait for the device, one line where a backend cannot run, graphs equal to eager."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import T5Config, T5ForConditionalGeneration
+
+from bwsk import make_reversible
+from bwsk.errors import BwskError
+from bwsk.params import Precision, TrainParams
+from bwsk.step import Step, check_backend, make_optimizer, make_step
+
+RATES = [1e-3, 2e-3, 1.5e-3, 5e-4]
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
+
+
+def tiny(dropout: float = 0.1, device: str = "cpu") -> T5ForConditionalGeneration:
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=120, dropout_rate=dropout,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    torch.manual_seed(5)
+    return T5ForConditionalGeneration(config).to(device).train()
+
+
+def batches(model: torch.nn.Module, count: int = 4) -> list[dict[str, torch.Tensor]]:
+    """Batches of 4, the last one of 2, as an epoch ends."""
+    generator = torch.Generator().manual_seed(1)
+    device = next(model.parameters()).device
+    sizes = [2 if i == count - 1 else 4 for i in range(count)]
+    tokens = [torch.randint(1, 120, (size, 24), generator=generator).to(device) for size in sizes]
+    return [{"input_ids": t[:, :12], "labels": t[:, 12:].contiguous()} for t in tokens]
+
+
+def stepped(model: torch.nn.Module, backend: str = "eager", precision: Precision = "float32") -> Step:
+    train = TrainParams(precision=precision)
+    scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=precision == "float16")
+    return make_step(backend, model, make_optimizer(model, train, 1e-3), scaler, precision, train.max_grad_norm)
+
+
+def run(step: Step, rates: list[float] = RATES) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(9)
+    return [step(batch, lr) for batch, lr in zip(batches(step.model), rates, strict=True)]
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_eager_step_is_the_plain_loop(precision: Precision) -> None:
+    model, plain = tiny(), tiny()
+    results = run(stepped(model, precision=precision))
+    optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.01, fused=True)
+    torch.manual_seed(9)
+    for batch, lr, (loss, norm) in zip(batches(plain), RATES, results, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            expected = plain(**batch, use_cache=False).loss  # with a cache: other sums, other rounding
+        expected.backward()
+        assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0))
+        assert torch.equal(loss, expected)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same(model, plain)
+    assert not same(model, tiny())
+
+
+class _Synchronisations(TorchDispatchMode):
+    """Notes the operators that make the host wait for a device: they fetch a value, or a size that depends on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_consecutive"):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["conventional", "reversible"])
+def test_a_step_does_not_wait_for_the_device(mode: str) -> None:
+    model = tiny()
+    if mode == "reversible":
+        make_reversible(model, "fast", batch=4, input_length=12, target_length=12)
+    step = stepped(model)
+    batch = batches(model)[0]
+    step(batch, 1e-3)
+    with _Synchronisations() as noted:
+        loss, _ = step(batch, 1e-3)
+    assert noted.seen == []
+    with _Synchronisations() as noted:
+        loss.item()
+    assert noted.seen == ["_local_scalar_dense"]
+
+
+def test_position_buckets_are_computed_once_and_generation_is_the_stock_models() -> None:
+    model, stock = tiny(), tiny()
+    step = stepped(model)
+    calls = 0
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    original = attention._relative_position_bucket
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return original(*args, **kwargs)
+
+    attention._relative_position_bucket = counted
+    run(step, RATES)
+    assert calls == 1
+    stock.load_state_dict(model.state_dict())
+    inputs = batches(model)[0]["input_ids"]
+    options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    assert torch.equal(model.eval().generate(inputs, **options), stock.eval().generate(inputs, **options))
+
+
+def test_a_graph_on_the_cpu_is_refused_in_one_line() -> None:
+    with pytest.raises(BwskError, match=r"^train\.backend: found graph, which needs a CUDA device; set eager or"):
+        stepped(tiny(), backend="graph")
+
+
+def test_compiling_without_a_compiler_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(BwskError, match=r"^train\.backend: found compile, which needs a C\+\+ compiler"):
+        check_backend("compile", torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["conventional", "reversible"])
+def test_a_compiled_step_computes_the_same_and_repeats_its_bits(mode: str) -> None:
+    def one() -> tuple[torch.nn.Module, list]:
+        model = tiny(dropout=0.0)
+        if mode == "reversible":
+            make_reversible(model, "fast", batch=4, input_length=12, target_length=12)
+        return model, run(stepped(model, backend="compile"))
+
+    (model, results), (again, _) = one(), one()
+    assert same(model, again)
+    plain = tiny(dropout=0.0)
+    for (loss, norm), (expected_loss, expected_norm) in zip(results, run(stepped(plain)), strict=True):
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(norm, expected_norm, rtol=1e-4, atol=0)
+    if mode == "reversible":  # its nodes run eagerly inside
+        assert same(model, plain)
+
+
+@CUDA
+@pytest.mark.parametrize("mode", ["conventional", "reversible"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_graph_has_the_bits_of_eager(mode: str, precision: Precision) -> None:
+    found = []
+    for backend in ("eager", "graph"):
+        model = tiny(device="cuda")
+        if mode == "reversible":
+            make_reversible(model, "fast", batch=4, input_length=12, target_length=12)
+        step = stepped(model, backend, precision)
+        torch.manual_seed(9)
+        small = batches(model)[-1]
+        results = [step(batch, lr) for _ in range(3) for batch, lr in zip(batches(model), RATES, strict=True)]
+        found.append((model, results, copy.deepcopy(step.optimizer.state_dict()["state"]), step.scaler.state_dict()))
+        assert small["input_ids"].shape[0] == 2
+    (eager, ours, state, scale), (graph, others, other_state, other_scale) = found
+    assert same(eager, graph)
+    assert all(torch.equal(a, b) for one, two in zip(ours, others, strict=True) for a, b in zip(one, two, strict=True))
+    for index, values in state.items():
+        assert all(torch.equal(value, other_state[index][key]) for key, value in values.items())
+    assert scale == other_scale
+
+
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """In a process of its own: the settings last as long as the process."""
+    code = """
+import resource, torch
+from bwsk.allocator import keep_freed_memory
+torch.set_num_threads(1)
+kept = keep_freed_memory()
+logits = torch.zeros(512, 32000)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    logits.log_softmax(-1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(kept, min([faults() for _ in range(5)][1:]))
+"""
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    kept, faults = result.stdout.split()
+    if kept == "False":
+        pytest.skip("the C library is not glibc")
+    assert int(faults) < 2000  # the result is 16,000 pages
