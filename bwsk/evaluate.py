@@ -13,6 +13,7 @@ from rich.table import Table
 from bwsk.corpus import decode_text, split_lines
 from bwsk.device import check_precision, configure, device_name, pick_device
 from bwsk.errors import BwskError
+from bwsk.faults import keep_projection_out_of_float16
 from bwsk.files import read_json, sha256_file, write_json
 from bwsk.model import load_model
 from bwsk.params import EvaluateParams, Params, TokensParams
@@ -32,10 +33,18 @@ def evaluate_variant(params: Params, variant: Path, tokens: Path, gpus: int) -> 
     BwskError if they are not what training recorded: the weights are then not those of the run.
     """
     trained = read_json(variant / "training_results.json")
+    for key in ("best_val_metric", "test_metric"):
+        if not isinstance(trained.get(key), (int, float)):
+            raise BwskError(
+                f"{variant / 'training_results.json'}: found {trained.get(key)!r} as {key}, must be a number; "
+                "train this variant again"
+            )
     device = pick_device(gpus)
     check_precision("evaluate.precision", params.evaluate.precision, device)
     configure(device, threads=params.train.threads, deterministic=params.train.deterministic, tf32=params.train.tf32)
     model = load_model(variant.parent, variant.name).to(device)
+    if params.evaluate.precision == "float16":
+        keep_projection_out_of_float16(model)
     sizes = read_json(tokens / "tokens.json")["splits"]
     shape, splits = params.tokens, {}
     for split in ("validation", "test"):

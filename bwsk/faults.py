@@ -124,10 +124,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def out_of_memory(params: Params, variant: str, model: Any, device: torch.device) -> BwskError:
+def out_of_memory(params: Params, variant: str, model: Any, device: torch.device, free: float | None) -> BwskError:
     """The error that tells what a step of `variant` is predicted to need, what there is, and what would fit.
 
-    `model`: a model or its config, which is only read.
+    `model`: a model or its config, which is only read. `free`: `free_memory` as it was before the run began; what a
+    failed run has given back cannot be seen from within its process.
     """
     from bwsk.memory import predict_memory
 
@@ -142,14 +143,13 @@ def out_of_memory(params: Params, variant: str, model: Any, device: torch.device
         "optimizer": "fused",
     }
     predicted = predict_memory(model, batch=train.batch_size, **step).peak_mib
-    free = free_memory(device)
     text = (
         f"{variant}: out of memory on {device.type}: a step of batch {train.batch_size} is predicted to need "
         f"{predicted:,.0f} MiB"
     )
     if free is None:
         return BwskError(f"{text}; set train.batch_size lower")
-    return BwskError(f"{text}, {free:,.0f} MiB are free; {_what_fits(model, train.batch_size, free, step)}")
+    return BwskError(f"{text}, {free:,.0f} MiB were free; {_what_fits(model, train.batch_size, free, step)}")
 
 
 def _what_fits(model: Any, batch: int, free: float, step: dict[str, Any]) -> str:
@@ -168,9 +168,9 @@ def _what_fits(model: Any, batch: int, free: float, step: dict[str, Any]) -> str
 
 
 def free_memory(device: torch.device) -> float | None:
-    """MiB that a job can have on `device`, what it already holds included; None if the system does not tell."""
+    """MiB that this process can still have on `device`; None if the system does not tell."""
     if device.type == "cuda":
-        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / MIB
+        return torch.cuda.mem_get_info(device)[0] / MIB
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB
     except (ValueError, OSError):

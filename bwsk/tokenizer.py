@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bwsk import hub
 from bwsk.corpus import read_rows
 from bwsk.errors import BwskError
-from bwsk.files import atomic_directory, sha256_file, write_json
+from bwsk.files import atomic_directory, read_json, sha256_file, write_json
 from bwsk.params import DirectoryTokenizer, HubTokenizer, Params, TrainedTokenizer
 from bwsk.provenance import identity
 
@@ -101,6 +101,12 @@ def _load(path: Path, name: str) -> PreTrainedTokenizerBase:
         raise BwskError(f"{name}: is not a directory; name a folder with tokenizer.json or spiece.model")
     if not any((path / file).is_file() for file in ("tokenizer.json", "spiece.model")):
         raise BwskError(f"{name}: has neither tokenizer.json nor spiece.model; name a folder that has one of them")
+    config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    if "auto_map" in config:
+        raise BwskError(f"{name}: asks to run code of the repository (auto_map), which is never done; remove it")
+    for token in ("pad_token", "eos_token"):
+        if config.get(token, "") is None:
+            raise BwskError(f"{name}: has no {token.replace('_', ' ')}; set {token} in its tokenizer_config.json")
     from transformers import AutoTokenizer, T5Tokenizer
 
     typed = any((path / file).is_file() for file in ("tokenizer_config.json", "config.json"))

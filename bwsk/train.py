@@ -197,7 +197,7 @@ class Run:
             while True:
                 if schedule.logs(state.step) and self.losses:
                     clock = self._collect(clock)
-                    bar.advance(0, loss=state.train_loss_curve[-1], **{"tokens/s": self._tokens_per_s()})
+                    bar.advance(0, loss=state.last_loss or math.inf, **{"tokens/s": self._tokens_per_s()})
                 if schedule.validates(state.step) and state.validated_step != state.step:
                     clock = self._collect(clock, point=False)
                     with suppress(_Stopped):  # the checkpoint is then from before the validation
@@ -265,8 +265,9 @@ class Run:
             state.step_times_s.append((now - clock) / len(losses))
             clock = now
             self._check_finite(losses, norms)
-            state.pending_losses += losses
-            state.last_loss = losses[-1]
+            finite = [loss for loss in losses if math.isfinite(loss)]  # the others are counted, and are no JSON
+            state.pending_losses += finite
+            state.last_loss = finite[-1] if finite else state.last_loss
             self.losses, self.norms = [], []
         if point and state.pending_losses:
             state.train_loss_steps.append(state.step)

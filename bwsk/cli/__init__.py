@@ -24,6 +24,13 @@ def main() -> None:
     except BwskError as error:
         print(f"bwsk: error: {error}", file=sys.stderr)
         sys.exit(1)
+    except (RuntimeError, MemoryError) as error:  # `train` has more to say about it
+        from bwsk.faults import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print("bwsk: error: out of memory; free some, or set a smaller batch (evaluate.batch_size)", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:  # a full disk or a missing right that no command has words of its own for
         if isinstance(error, BrokenPipeError):
             sys.exit(1)

@@ -30,7 +30,7 @@ def train(
 ) -> None:
     """Train one variant; run the same command again after an interruption and it continues."""
     from bwsk.device import pick_device
-    from bwsk.faults import is_out_of_memory, out_of_memory
+    from bwsk.faults import free_memory, is_out_of_memory, out_of_memory
     from bwsk.files import require_writable
     from bwsk.locks import wait_lock
     from bwsk.params import load_params
@@ -44,6 +44,7 @@ def train(
     # One process at a time: also one that was left behind when its Snakemake was killed, which may still be training.
     lock = wait_lock(checkpoints / f"{variant}.lock", f"{variant}", say=_say)
     device = pick_device(gpus)
+    free = free_memory(device)
     try:
         run = Run(params, variant, inputs, checkpoints / variant, device, say=_say)
         if lock.waited and (results := finished(out, curves, run.provenance)):
@@ -63,7 +64,8 @@ def train(
     if oom:  # out of the handler: the failed step's tensors, which its traceback holds, are free by now
         from transformers import AutoConfig
 
-        raise out_of_memory(params, variant, AutoConfig.from_pretrained(base, trust_remote_code=False), device)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        raise out_of_memory(params, variant, config, device, free)
     _say(
         f"{variant}: validation perplexity {results['best_val_metric']:.4g} (step {results['best_step']}), "
         f"test perplexity {results['test_metric']:.4g}, "

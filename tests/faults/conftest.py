@@ -11,6 +11,9 @@ import pytest
 
 from tests.faults.harness import Server, Training
 from tests.tiny import make_inputs, write_params
+from tests.unit.study_fixture import editable, study
+
+__all__ = ["editable", "study"]
 
 # What is trained, with its changes of the tiny study's `train`: six variants, and one that stops early.
 CASES: dict[str, tuple[str, dict]] = {

@@ -55,12 +55,15 @@ class Server:
         output: Path,
         kill: dict[str, Any] | None = None,
         after: tuple[float, int] | None = None,
+        limit: int | None = None,
+        memory: int | None = None,
     ) -> dict[str, Any]:
         """Run a command; `status` is its exit status (negative: the signal that ended it).
 
-        `kill` is the server's; `after`: (seconds, signal) sends a signal from outside.
+        `kill` is the server's; `after`: (seconds, signal) sends a signal from outside; `limit` caps the size of
+        files, `memory` what may be allocated, both in bytes.
         """
-        request = {"argv": argv, "cwd": str(cwd), "output": str(output), "kill": kill}
+        request = {"argv": argv, "cwd": str(cwd), "output": str(output), "kill": kill, "limit": limit, "memory": memory}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         pid = self._answer()["pid"]

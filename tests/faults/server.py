@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -67,6 +68,12 @@ def child(request: dict[str, Any], report: int) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(request["cwd"])
         sys.argv = ["bwsk", *request["argv"]]
+        if limit := request.get("limit"):
+            # What is larger cannot be written, as on a full disk; Python itself ignores the signal that goes with it.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if memory := request.get("memory"):
+            mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
         counter = Counter(report, **request["kill"]) if request.get("kill") else None
         from bwsk.cli import main
 
