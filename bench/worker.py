@@ -158,12 +158,9 @@ def plain(gate: Gate, model: Any, source: Any, precision: str, checkpointing: bo
 def ours(gate: Gate, model: Any, source: Any, precision: str, shape: tuple[int, int, int], name: str) -> None:
     """The product's own step: `ours-conventional-eager`, `ours-reversible-graph`, …"""
     from bwsk import make_reversible
-    from bwsk.allocator import keep_freed_memory
     from bwsk.step import make_optimizer, make_step
 
     _, mode, backend = name.split("-")
-    if gate.device.type == "cpu":
-        keep_freed_memory()
     if mode == "reversible":
         batch, ins, outs = shape
         make_reversible(model, "fast", batch=batch, input_length=ins, target_length=outs, precision=precision)

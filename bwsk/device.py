@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bwsk.allocator import keep_freed_memory
 from bwsk.errors import BwskError
 from bwsk.locks import POLL_SECONDS, Lock, holder, try_lock
 
@@ -96,8 +95,6 @@ def configure(device: torch.device, *, threads: int, deterministic: bool, tf32: 
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
-    else:
-        keep_freed_memory()
 
 
 def check_precision(key: str, precision: Precision, device: torch.device) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -178,25 +176,3 @@ def test_a_graph_has_the_bits_of_eager(mode: str, precision: Precision) -> None:
     for index, values in state.items():
         assert all(torch.equal(value, other_state[index][key]) for key, value in values.items())
     assert scale == other_scale
-
-
-def test_freed_memory_is_kept_for_the_next_step() -> None:
-    """In a process of its own: the settings last as long as the process."""
-    code = """
-import resource, torch
-from bwsk.allocator import keep_freed_memory
-torch.set_num_threads(1)
-kept = keep_freed_memory()
-logits = torch.zeros(512, 32000)
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    logits.log_softmax(-1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(kept, min([faults() for _ in range(5)][1:]))
-"""
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    kept, faults = result.stdout.split()
-    if kept == "False":
-        pytest.skip("the C library is not glibc")
-    assert int(faults) < 2000  # the result is 16,000 pages
