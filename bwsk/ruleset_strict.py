@@ -33,11 +33,13 @@ def keeps_dimensions(f: Facts) -> bool:
 def keeps_positions(f: Facts) -> bool:
     """A convolution that reads every position and gives no fewer numbers than it takes, borders included.
 
-    Per axis: kernel >= stride (nothing is skipped) and padding >= kernel - stride (as many windows as positions /
-    stride); over all axes: channels out >= channels in x product of strides.
+    Per axis: kernel >= stride (nothing is skipped), padding >= kernel - stride (as many windows as positions / stride)
+    and (padding - kernel) mod stride <= padding / 2 (what the last window leaves over is padding, not input); over all
+    axes: channels out >= channels in x product of strides. `padding` counts both ends.
     """
     axes = list(zip(f["kernel"], f["stride"], f["padding"], strict=True))
-    return all(k >= s and p >= k - s for k, s, p in axes) and f["out"] >= f["in"] * math.prod(f["stride"])
+    reads_all = all(k >= s and p >= k - s and (p - k) % s <= p // 2 for k, s, p in axes)
+    return reads_all and f["out"] >= f["in"] * math.prod(f["stride"])
 
 
 def _widens_transposed(f: Facts) -> bool:

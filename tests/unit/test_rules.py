@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -165,6 +165,7 @@ def test_linear_condition_agrees_with_the_rank_of_random_matrices(into, out, see
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3))
+@example(into=1, out=3, kernel=3, stride=3, padding=1)  # the last position is in no window
 def test_convolution_condition_agrees_with_the_rank_of_its_matrix(into, out, kernel, stride, padding):
     """On lengths that the stride divides; the condition may be careful, but S must always be injective."""
     length = 6
