@@ -20,9 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bwsk.errors import BwskError
-from bwsk.params import Params
-
 # Steps in a row without a finite loss; steps in a row that the scaler skipped: from 2^16 the scale is then below 2^-14.
 FORWARD_LIMIT = 10
 SKIPPED_LIMIT = 30
@@ -38,10 +35,10 @@ def keep_projection_out_of_float16(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if name.endswith("DenseReluDense.wo") and isinstance(module, nn.Linear):
-            module.forward = _Projection(module)
+            module.forward = OutOfFloat16(module)
 
 
-class _Projection:
+class OutOfFloat16:
     """The forward of a linear layer that steps out of float16 autocast. An object, so that models can be copied."""
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -122,49 +119,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and any(text in str(error) for text in ("DefaultCPUAllocator", "not enough memory", "CUDA out of memory"))
     )
-
-
-def out_of_memory(params: Params, variant: str, model: Any, device: torch.device, free: float | None) -> BwskError:
-    """The error that tells what a step of `variant` is predicted to need, what there is, and what would fit.
-
-    `model`: a model or its config, which is only read. `free`: `free_memory` as it was before the run began; what a
-    failed run has given back cannot be seen from within its process.
-    """
-    from bwsk.memory import predict_memory
-
-    train, half = params.train, params.tokens.block // 2
-    reversible = variant.endswith("bwsk-reversible")
-    step: dict[str, Any] = {
-        "input_length": half,
-        "target_length": half,
-        "mode": "reversible" if reversible else "conventional",
-        "precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[train.precision],
-        "budget": train.budget if reversible else None,
-        "optimizer": "fused",
-    }
-    predicted = predict_memory(model, batch=train.batch_size, **step).peak_mib
-    text = (
-        f"{variant}: out of memory on {device.type}: a step of batch {train.batch_size} is predicted to need "
-        f"{predicted:,.0f} MiB"
-    )
-    if free is None:
-        return BwskError(f"{text}; set train.batch_size lower")
-    return BwskError(f"{text}, {free:,.0f} MiB were free; {_what_fits(model, train.batch_size, free, step)}")
-
-
-def _what_fits(model: Any, batch: int, free: float, step: dict[str, Any]) -> str:
-    from bwsk.memory import largest_batch, predict_memory
-
-    fits = largest_batch(model, free, maximum=batch, **step)
-    if fits >= batch:
-        return "by this the step would fit: close what else uses the memory, or set train.batch_size lower"
-    advice = [f"set train.batch_size to {fits} at most"] if fits else []
-    for budget in ("fast", "max"):
-        other = {**step, "mode": "reversible", "budget": budget}
-        if step["budget"] != budget and predict_memory(model, batch=batch, **other).peak_mib <= free:
-            advice.append(f"train bwsk-reversible with train.budget: {budget}, which fits")
-            break
-    return ", or ".join(advice) or "not even one sequence fits: use a smaller tokens.block or a larger machine"
 
 
 def free_memory(device: torch.device) -> float | None:

@@ -22,10 +22,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from bwsk.reversible.dropout import cuda_accounting
-
+MIB = 1 << 20
 ROUND = 512
 _OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
+_cuda_accounting: ContextVar[bool] = ContextVar("bwsk_cuda_accounting", default=False)
+
+
+@contextmanager
+def cuda_accounting():
+    """Within this context CPU (fake) tensors go through CUDA's dropout operators, so that sizes are those of CUDA."""
+    token = _cuda_accounting.set(True)
+    try:
+        yield
+    finally:
+        _cuda_accounting.reset(token)
+
+
+def accounts_for_cuda() -> bool:
+    """Whether `cuda_accounting` is on."""
+    return _cuda_accounting.get()
 
 
 @dataclass

@@ -67,8 +67,8 @@ def memory(
     """Predicted peak memory of a training step by phase and kind, without a GPU."""
     from bwsk.architecture import load_config
     from bwsk.cli.tables import memory_table
-    from bwsk.memory import MIB, largest_batch, predict_memory
-    from bwsk.reversible.plan import size_in_bytes
+    from bwsk.memory import largest_batch, predict_memory
+    from bwsk.reversible.plan import MIB, size_in_bytes
 
     config = load_config(model)
     step = {

@@ -30,7 +30,7 @@ def train(
 ) -> None:
     """Train one variant; run the same command again after an interruption and it continues."""
     from bwsk.device import pick_device
-    from bwsk.faults import free_memory, is_out_of_memory, out_of_memory
+    from bwsk.faults import free_memory, is_out_of_memory
     from bwsk.files import require_writable
     from bwsk.locks import wait_lock
     from bwsk.params import load_params
@@ -63,6 +63,8 @@ def train(
         oom = False
     if oom:  # out of the handler: the failed step's tensors, which its traceback holds, are free by now
         from transformers import AutoConfig
+
+        from bwsk.memory import out_of_memory
 
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         raise out_of_memory(params, variant, config, device, free)

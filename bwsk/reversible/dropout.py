@@ -15,28 +15,17 @@ so that a captured graph replays it.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bwsk.memory_tracker import accounts_for_cuda
+
 # Byte k of a word holds mask element k as 0 or 1. Times the sum of 2**(9j), j = 0..7, element k lands on bit 63-k: the
 # top byte is the packed octet, and no two partial products share a bit. The same factor spreads an octet out again.
 _SPREAD = 0x8040201008040201 - (1 << 64)
 _TOPS = 0x8080808080808080 - (1 << 64)
-
-_cuda_accounting: ContextVar[bool] = ContextVar("bwsk_cuda_accounting", default=False)
-
-
-@contextmanager
-def cuda_accounting():
-    """Within this context CPU (fake) tensors go through CUDA's dropout operators, so that sizes are those of CUDA."""
-    token = _cuda_accounting.set(True)
-    try:
-        yield
-    finally:
-        _cuda_accounting.reset(token)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -60,7 +49,7 @@ def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 def acts_as_cuda(x: Tensor) -> bool:
     """Whether CUDA's operators and rules apply to x: it is there, or its sizes are accounted as if it were."""
-    return x.is_cuda or _cuda_accounting.get()
+    return x.is_cuda or accounts_for_cuda()
 
 
 def _forward_scale(x: Tensor, p: float) -> float:

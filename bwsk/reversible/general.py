@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -26,9 +25,12 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from bwsk.architecture import build
 from bwsk.errors import BwskError
+from bwsk.memory_step import example_inputs, faked, step_loss, stock_peak
+from bwsk.memory_tracker import Tracker
 from bwsk.reversible.loss import cross_entropy
-from bwsk.reversible.plan import Choice, Head, Plan, Row, Unit, solve, verdict
+from bwsk.reversible.plan import Choice, Head, Plan, Row, Unit, met, parse_budget, solve, verdict
 
 _NAMES = {"eager": "bwsk_eager", "sdpa": "bwsk_sdpa"}
 _LEVELS = ("core", "block")
@@ -186,16 +188,8 @@ class _Measured:
 
 def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, level: str, attention: str) -> _Measured:
     """Run one step with every block at `level` ("stock", "core" or "block") and read off its blocks."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from bwsk.memory import _materialise, _structure, example_inputs, loss_of
-    from bwsk.memory_tracker import Tracker, cuda_rules
-
-    model = _structure(config, config, attention)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), cuda_rules():
-        warnings.simplefilter("ignore")
-        _materialise(model)
-        units = list(blocks(model.train()).values())
+    with faked(config, attention) as model:
+        units = list(blocks(model).values())
         if level != "stock":
             install(model, dict.fromkeys(blocks(model), level))
         inputs = example_inputs(model, *shape)
@@ -225,9 +219,7 @@ def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, le
             weights = sum(tracker.log.sizes.values())
             for index in range(len(units)):
                 watch(index)
-            kind = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-            with torch.autocast("cpu", dtype=kind, enabled=precision != "fp32"):
-                loss = loss_of(model(**inputs))
+            loss = step_loss(model, inputs, precision)
             note("loss", 0)
             torch.autograd.backward(loss)
             del loss
@@ -266,25 +258,15 @@ def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, le
 
 def plan_general(config: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
     """The plan for a config without an engine of its own: `shape` is (batch, input tokens, target tokens)."""
-    from bwsk.memory import predict_memory
-    from bwsk.reversible.handle import met, parse_budget
-    from bwsk.reversible.plan import MIB
-
     attention = getattr(config, "_attn_implementation", None) or "eager"
     attention = attention if attention in _NAMES else "eager"
     batch, ins, outs = shape
     seq2seq = bool(getattr(config, "is_encoder_decoder", False))
     lengths = (batch, ins, outs if seq2seq else None)
-
-    def stock_peak() -> float:
-        return predict_memory(
-            config, batch=batch, input_length=ins, target_length=lengths[2], precision=precision, attention=attention
-        ).peak_mib * MIB  # fmt: skip
-
-    asked = parse_budget(budget, stock_peak)
+    asked = parse_budget(budget, lambda: stock_peak(config, lengths, precision, attention))
     stock = _measure(config, lengths, precision, "stock", attention)
     found = {level: _measure(config, lengths, precision, level, attention) for level in _LEVELS}
-    names = list(blocks(_skeleton(config)))
+    names = list(blocks(build(config)))
     units = []
     for index, name in enumerate(names):
         choices = tuple(
@@ -297,12 +279,6 @@ def plan_general(config: Any, budget: Any, shape: tuple[int, int, int], precisio
     base = 3 * core.resting + max(0, core.outer - core.head_gradient) // 2
     plan = Plan(asked, units, [0] * len(units), head, base, _describe, "bit-identical (stock graph, regions redone)")
     return met(solve(plan, asked.cap, asked.flops), 4 * core.resting)
-
-
-def _skeleton(config: Any) -> nn.Module:
-    from bwsk.architecture import build
-
-    return build(config)
 
 
 def _describe(plan: Plan) -> list[Row]:
@@ -322,13 +298,10 @@ def _describe(plan: Plan) -> list[Row]:
     return rows
 
 
-def install_general(model: nn.Module, budget: Any, shape: tuple[int, int, int], precision: str):
-    """`make_reversible` for models outside of the T5 family."""
-    from bwsk.reversible.handle import Reversible
-
-    blocks(model)
-    plan = plan_general(_named(model), budget, shape, precision)
-    return Reversible(model, plan, install(model, plan.levels), uninstall)
+def plan_model(model: nn.Module, budget: Any, shape: tuple[int, int, int], precision: str) -> Plan:
+    """The plan for a model without an engine of its own."""
+    blocks(model)  # refused here with its hooks, which a model built from the config would not have
+    return plan_general(_named(model), budget, shape, precision)
 
 
 def _named(model: nn.Module) -> Any:

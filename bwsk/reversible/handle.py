@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from bwsk.errors import BwskError
-from bwsk.reversible.plan import MIB, NAMED, Budget, Plan, size_in_bytes, solve
+from bwsk.memory_step import PRECISIONS, require_one_of, stock_peak
+from bwsk.reversible import general, t5, t5_costs
+from bwsk.reversible.plan import NAMED, Plan, met, parse_budget, solve
 
 # The batch that a named budget is planned for when none is given: the published study's.
 DEFAULT_SHAPE = (4, 256, 256)
@@ -55,14 +57,11 @@ def make_reversible(
     save_pretrained, eval mode and generate are untouched. Raises `BwskError` when the model cannot be done or the
     budget cannot be met.
     """
-    from bwsk.reversible import t5
-
     _check_model(model)
     shape = _shape(budget, batch, input_length, target_length)
     if not t5.is_family(model):
-        from bwsk.reversible.general import install_general
-
-        return install_general(model, budget, shape, precision)
+        plan = general.plan_model(model, budget, shape, precision)
+        return Reversible(model, plan, general.install(model, plan.levels), general.uninstall)
     plan = plan_t5(model.config, budget, shape, precision, prefix=t5.prefix(model), model=model)
     return Reversible(model, plan, t5.install(model, plan.levels, plan.head.kind), t5.uninstall)
 
@@ -98,45 +97,16 @@ def _shape(budget: Any, batch: int | None, input_length: int | None, target_leng
     return batch, input_length, target_length or input_length
 
 
-def parse_budget(budget: str | float | None, stock_peak) -> Budget:
-    """The budget that is meant; `stock_peak()` gives the stock step's peak in bytes, for fractions."""
-    if isinstance(budget, str) and budget in NAMED:
-        return NAMED[budget]
-    if isinstance(budget, str):
-        text = budget.strip()
-        try:
-            budget = float(text)
-        except ValueError:
-            try:
-                return Budget(text, cap=size_in_bytes(text))
-            except BwskError:
-                raise BwskError(
-                    f"budget: found {text!r}; give fast, balanced, max, a fraction such as 0.6 or a size such as 900MiB"
-                ) from None
-    if isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0.0 < budget <= 1.0:
-        return Budget(f"{budget:g} of the stock peak", cap=int(budget * stock_peak()))
-    raise BwskError(f"budget: found {budget!r}; a number must be a fraction in (0, 1], a size needs a unit (900MiB)")
-
-
 def plan_t5(
     config: Any, budget: Any, shape: tuple[int, int, int], precision: str, prefix: str = "", model: Any = None
 ) -> Plan:
     """The plan for a T5 config: `shape` is (batch, input tokens, target tokens)."""
-    from bwsk.reversible import t5_costs
-
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise BwskError(f"precision: found {precision!r}, must be one of fp32, bf16, fp16")
+    require_one_of("precision", precision, PRECISIONS)
     sizes = t5_costs.Shape(*shape, element=4 if precision == "fp32" else 2)
     parameters = t5_costs.parameters(config)
     base = 12 * parameters
 
-    def stock_peak() -> float:
-        from bwsk.memory import predict_memory
-
-        step = dict(zip(("batch", "input_length", "target_length"), shape, strict=True))
-        return predict_memory(config if model is None else model, precision=precision, **step).peak_mib * MIB
-
-    asked = parse_budget(budget, stock_peak)
+    asked = parse_budget(budget, lambda: stock_peak(config if model is None else model, shape, precision))
     kind = asked.head if precision == "fp32" else "exact"
     units = t5_costs.units(config, sizes, prefix)
     plan = Plan(
@@ -151,26 +121,11 @@ def plan_t5(
     return met(solve(plan, asked.cap, asked.flops), 16 * parameters)
 
 
-def met(plan: Plan, states: int) -> Plan:
-    """The plan, if it meets its budget's cap; `states`: bytes of weights, gradients and optimizer states."""
-    cap = plan.budget.cap
-    if cap is not None and plan.peak > cap:
-        raise BwskError(
-            f"budget {plan.budget.name}: this step cannot go below {plan.peak / MIB:.0f} MiB (weights, gradients and "
-            f"AdamW states alone are {states / MIB:.0f} MiB); allow more, or make the batch smaller"
-        )
-    return plan
-
-
 def plan_of(config: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
     """The plan for a config of any supported architecture: `shape` is (batch, input tokens, target tokens)."""
-    from bwsk.reversible import t5
-
     if config.model_type in t5.FAMILY:
         return plan_t5(config, budget, shape, precision)
-    from bwsk.reversible.general import plan_general
-
-    return plan_general(config, budget, shape, precision)
+    return general.plan_general(config, budget, shape, precision)
 
 
 def curve_of(config: Any, shape: tuple[int, int, int], precision: str = "fp32", points: int = 12) -> list[Plan]:

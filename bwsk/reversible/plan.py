@@ -22,10 +22,9 @@ from functools import cache
 from typing import Any
 
 from bwsk.errors import BwskError
+from bwsk.memory_tracker import MIB
 from bwsk.operators import Subject
 from bwsk.rulesets import rule_set
-
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,26 @@ NAMED = {
     "balanced": Budget("balanced", flops=0.03, head="chunked"),
     "max": Budget("max"),
 }
+
+
+def parse_budget(budget: str | float | None, stock_peak: Callable[[], float]) -> Budget:
+    """The budget that is meant; `stock_peak()` gives the stock step's peak in bytes, for fractions."""
+    if isinstance(budget, str) and budget in NAMED:
+        return NAMED[budget]
+    if isinstance(budget, str):
+        text = budget.strip()
+        try:
+            budget = float(text)
+        except ValueError:
+            try:
+                return Budget(text, cap=size_in_bytes(text))
+            except BwskError:
+                raise BwskError(
+                    f"budget: found {text!r}; give fast, balanced, max, a fraction such as 0.6 or a size such as 900MiB"
+                ) from None
+    if isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0.0 < budget <= 1.0:
+        return Budget(f"{budget:g} of the stock peak", cap=int(budget * stock_peak()))
+    raise BwskError(f"budget: found {budget!r}; a number must be a fraction in (0, 1], a size needs a unit (900MiB)")
 
 
 @dataclass(frozen=True)
@@ -225,6 +244,17 @@ def _best_move(plan: Plan, alive: int, working: int | None, limit: float | None)
             if value > score:
                 best, score = (u, pick), value
     return best
+
+
+def met(plan: Plan, states: int) -> Plan:
+    """The plan, if it meets its budget's cap; `states`: bytes of weights, gradients and optimizer states."""
+    cap = plan.budget.cap
+    if cap is not None and plan.peak > cap:
+        raise BwskError(
+            f"budget {plan.budget.name}: this step cannot go below {plan.peak / MIB:.0f} MiB (weights, gradients and "
+            f"AdamW states alone are {states / MIB:.0f} MiB); allow more, or make the batch smaller"
+        )
+    return plan
 
 
 @cache

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bwsk.errors import BwskError
-from bwsk.faults import _Projection
+from bwsk.faults import OutOfFloat16
 from bwsk.reversible.attention import AttentionCall, attention_weights
 from bwsk.reversible.dropout import dropout
 from bwsk.reversible.embedding import Chain, LookupNode, ProjectionNode
@@ -60,7 +60,7 @@ def _ours(module: nn.Module) -> bool:
 
 def _leaves_float16(module: nn.Module) -> bool:
     """Whether this is a projection that `bwsk.faults` keeps out of float16 autocast."""
-    return isinstance(module.__dict__.get("forward"), _Projection)
+    return isinstance(module.__dict__.get("forward"), OutOfFloat16)
 
 
 def _engaged(module: nn.Module, x: Tensor, **kwargs: Any) -> bool:
