@@ -17,7 +17,6 @@ to its parameters, and it continues.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,10 @@ class Checkpoints:
 
     def discard(self) -> None:
         """Remove this run's checkpoints: its results are complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.is_dir():
+            with partial_folder(self.folder.parent) as partial:
+                # Away first, then deleted: one that is half deleted must not look like a checkpoint.
+                os.rename(self.folder, partial / "done")
 
     def _change(self, path: Path) -> str:
         """The first thing in which another run's checkpoint differs from this run."""

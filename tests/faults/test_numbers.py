@@ -164,6 +164,7 @@ def test_the_scaler_is_part_of_a_checkpoint(cases: Cases, tmp_path: Path, float1
     assert sha256_file(files[0]) == sha256_file(files[1])
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("variant", ["scratch-conventional", "scratch-bwsk-reversible"])
 def test_out_of_memory_says_what_is_needed_what_there_is_and_what_fits(
     cases: Cases, tmp_path: Path, server: Server, variant: str

@@ -126,6 +126,7 @@ def test_abandoned_partial_folders_go_and_live_ones_stay(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
 def test_a_second_training_waits_and_takes_over_what_the_first_has_made(cases: Cases) -> None:
     name = "scratch-bwsk-reversible"
     reference, _, _ = cases.reference(name)
@@ -148,6 +149,7 @@ def test_a_second_training_waits_and_takes_over_what_the_first_has_made(cases: C
     assert training.files() == reference
 
 
+@pytest.mark.faults
 def test_a_token_reaches_no_file(cases: Cases, tmp_path: Path) -> None:
     """HF_TOKEN is set through training, evaluation and a failing Hub request; nothing written holds it."""
     marker = "hf_" + "MarkerMarkerMarkerMarkerMarkerMark"

@@ -10,12 +10,13 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.faults.harness import digest
-from tests.workflow.dvc_study import Checkout, _environment, new_checkout
+from tests.workflow.dvc_study import Checkout, environment, new_checkout
 
 pytestmark = pytest.mark.faults
 
@@ -60,7 +61,7 @@ def start(checkout: Checkout) -> subprocess.Popen[str]:
     return subprocess.Popen(
         COMMAND,
         cwd=checkout.root,
-        env=_environment(checkout.root),
+        env=environment(checkout.root),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -89,10 +90,8 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
     processes: list[subprocess.Popen[str]] = []
     yield processes
     for process in processes:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
         process.stdout.close()
 
@@ -131,8 +130,7 @@ def test_killed_over_and_over_and_continued_by_the_same_command(
     assert "--unlock" not in output
     assert made(checkout) == hashes
     assert "Nothing to be done" in checkout.snakemake(*COMMAND[3:])
-    left = [path for path in checkout.study.rglob(".partial-*")]
-    assert not left
+    assert not list(checkout.study.rglob(".partial-*"))
 
 
 def test_a_second_snakemake_says_who_holds_the_study(
