@@ -28,7 +28,7 @@ TWO = {
 }
 COMMAND = ["snakemake", "--directory", "demo", "--cores", "2", "--resources", "gpu=0"]
 SEED = 7
-KILLS = 8
+KILLS = 5
 
 
 @pytest.fixture(scope="module")
