@@ -1,0 +1,95 @@
+"""Perplexity: the published protocol against a loop written out, and no dependence on the batch size."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from bwsk.errors import BwskError
+from bwsk.params import EvaluateParams
+from bwsk.perplexity import perplexity, published_perplexity
+
+WINDOW, STRIDE = 16, 4
+
+
+@pytest.fixture(scope="module")
+def model() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=90, decoder_start_token_id=0
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    return T5ForConditionalGeneration(config)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(2).integers(1, 90, 150).astype(np.uint16)
+
+
+def published_by_hand(model: T5ForConditionalGeneration, tokens: np.ndarray) -> float:
+    """The publication's loop: one window at a time, the model's own loss, the mean of the windows' means."""
+    model.eval()
+    losses = []
+    start = 0
+    while start < len(tokens) - WINDOW:
+        window = torch.from_numpy(tokens[start : start + WINDOW].astype(np.int64))[None]
+        with torch.no_grad():
+            losses.append(model(input_ids=window[:, :8], labels=window[:, 8:]).loss.item())
+        start += STRIDE
+    return math.exp(sum(losses) / len(losses))
+
+
+def test_the_published_protocol_is_the_plain_loop(model: T5ForConditionalGeneration, tokens: np.ndarray) -> None:
+    found = published_perplexity(model, tokens, window=WINDOW, stride=STRIDE, params=EvaluateParams(batch_size=7))
+    assert found == pytest.approx(published_by_hand(model, tokens), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 32])
+def test_the_batch_size_does_not_change_the_result(
+    model: T5ForConditionalGeneration, tokens: np.ndarray, batch_size: int
+) -> None:
+    options = {"n_bytes": 600, "window": WINDOW, "stride": STRIDE}
+    one = perplexity(model, tokens, params=EvaluateParams(batch_size=1), **options)
+    many = perplexity(model, tokens, params=EvaluateParams(batch_size=batch_size), **options)
+    for name in ("published_perplexity", "token_perplexity", "bits_per_byte", "nll_per_token"):
+        assert getattr(many, name) == pytest.approx(getattr(one, name), rel=1e-5), name
+    assert (many.n_windows, many.n_target_tokens) == (one.n_windows, one.n_target_tokens) == (34, 72)
+
+
+def test_the_plain_perplexity_counts_every_target_once(model: T5ForConditionalGeneration, tokens: np.ndarray) -> None:
+    found = perplexity(model, tokens, 600, window=WINDOW, stride=STRIDE, params=EvaluateParams())
+    total, count = 0.0, 0
+    for start in range(0, len(tokens) - WINDOW, WINDOW):
+        window = torch.from_numpy(tokens[start : start + WINDOW].astype(np.int64))[None]
+        with torch.no_grad():
+            total += 8 * model(input_ids=window[:, :8], labels=window[:, 8:]).loss.item()
+        count += 8
+    assert found.token_perplexity == pytest.approx(math.exp(total / count), rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(total / count * len(tokens) / 600 / math.log(2), rel=1e-6)
+
+
+def test_the_model_is_left_in_its_mode_and_its_random_state(
+    model: T5ForConditionalGeneration, tokens: np.ndarray
+) -> None:
+    model.train()
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    with_dropout_off = published_perplexity(model, tokens, window=WINDOW, stride=STRIDE, params=EvaluateParams())
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training
+    assert with_dropout_off == pytest.approx(published_by_hand(model, tokens), rel=1e-5)
+
+
+def test_broken_weights_are_named_with_their_window(tokens: np.ndarray) -> None:
+    config = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=90, decoder_start_token_id=0)
+    broken = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        broken.shared.weight[int(tokens[40])] = float("nan")
+    with pytest.raises(BwskError, match="the loss is not finite on the window at token"):
+        published_perplexity(broken, tokens, window=WINDOW, stride=STRIDE, params=EvaluateParams())
