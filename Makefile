@@ -72,6 +72,11 @@ restore: $(STAMP) ## Pull a study's results (STUDY=DIR) and tell Snakemake that 
 test-dvc: $(STAMP) ## The tests of versioning: git, DVC, Snakemake and remotes, all real
 	$(BIN)/python -m pytest tests/workflow -k dvc
 
+.PHONY: bench
+bench: $(STAMP) ## Measure steps, evaluation and memory side by side, into build/bench (BENCH=… for options of bench/run.py)
+	$(BIN)/python bench/run.py build/bench $(BENCH)
+	$(BIN)/python bench/memory.py --json build/bench/memory.json
+
 .PHONY: schema
 schema: $(STAMP) ## Generate what is generated: the schema of params.yaml, DVC's stages of both studies
 	$(BIN)/bwsk schema --out workflow/schemas/params.schema.json

@@ -1,0 +1,38 @@
+"""What starting costs: commands import what they need and no more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "transformers", "numpy", "datasets", "snakemake", "dvc", "pandas", "matplotlib"}
+
+
+def imported(code: str) -> set[str]:
+    """Top-level modules that a fresh Python has imported after `code`."""
+    probe = f"{code}\nimport sys\nprint(' '.join(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return set(result.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["classify", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        f"import sys; sys.argv = ['bwsk', *{arguments!r}]\n"
+        "from bwsk.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
+    )
+    assert not imported(code) & HEAVY
+
+
+def test_what_the_snakefile_imports_is_light() -> None:
+    assert not imported("import bwsk.params, bwsk.provenance, bwsk.errors") & (HEAVY - {"snakemake"})
+
+
+def test_a_step_on_a_bare_gpu_machine_needs_no_validation_of_parameters() -> None:
+    code = "import bwsk.step, bwsk.device, bwsk.perplexity, bwsk.reversible"
+    found = imported(code)
+    assert "torch" in found
+    assert "pydantic" not in found
