@@ -67,7 +67,7 @@ def check(file: Path, changes: list[tuple[tuple[str, ...], Any]]) -> bool:
     return False
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=CHANGES)
 def test_random_changes(changes, tmp_path: Path, figures: Counter[str]) -> None:
     figures["random parameters"] += 1
@@ -82,7 +82,7 @@ def test_many_random_changes(changes, tmp_path: Path, figures: Counter[str]) -> 
     figures["random parameters refused"] += check(tmp_path / "params.yaml", changes)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200))
 def test_random_bytes(content: bytes, tmp_path: Path, figures: Counter[str]) -> None:
     file = tmp_path / "params.yaml"
