@@ -53,7 +53,7 @@ def test_a_study_in_several_calls_ends_like_one_in_a_single_call(tmp_path: Path)
     shutil.copytree(tmp_path / "study" / "build" / "tokenizer", data / "tokenizer")
     shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 300}
     changes = ["tokens.block=32", "tokens.window=32", "tokens.stride=16", "evaluate.max_windows=40"]
-    changes += ["train.max_steps=600", "train.checkpoint_every=100000", "train.eval_every=100000"]
+    changes += ["train.max_steps=300", "train.checkpoint_every=100000", "train.eval_every=100000"]
     options = ["--cpu", "--backend", "eager", "--precision", "float32", "--modes", "conventional"]
     options += ["--architecture", json.dumps(shape), "--set", *changes]
     whole = script("gpu-study.sh", tmp_path / "whole", data, *options)
@@ -66,4 +66,4 @@ def test_a_study_in_several_calls_ends_like_one_in_a_single_call(tmp_path: Path)
     assert "resuming after step" in second.stderr
     one, other = (json.loads((tmp_path / name / "study.json").read_text()) for name in ("whole", "parts"))
     assert one["weights_sha256"] == other["weights_sha256"]
-    assert one["variants"]["scratch-conventional"]["total_steps"] == 600
+    assert one["variants"]["scratch-conventional"]["total_steps"] == 300
