@@ -25,11 +25,6 @@ MUTATIONS = {
         "new = partial / target.name\n                new.mkdir()",
         "new = target\n                new.mkdir(exist_ok=True)",
     ),
-    "atomic rename of an output": (
-        "files.py",
-        "with partial_folder(path) as partial:\n        try:",
-        "path.mkdir(parents=True, exist_ok=True)\n    for partial in [path]:\n        try:",
-    ),
     "random state": ("checkpoint.py", '    torch.set_rng_state(states["cpu"])\n', ""),
     "optimizer state": ("train.py", 'restore_optimizer(self.optimizer, tensors["optimizer"])', "pass"),
     "best model": ("train.py", 'self.best = tensors.get("best")', "self.best = dict(tensors['model'])"),
