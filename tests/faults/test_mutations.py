@@ -64,6 +64,12 @@ def core_check(cases: Cases) -> None:
         killed_then_same(cases.server, cases.training(name), reference, kill=kill)
     for at in range(3, counts["files"], max(counts["files"] // 24, 1)):
         killed_then_same(cases.server, cases.training(name), reference, kill={"events": "files", "at": at})
+    # A run whose best model is not its last: only there does it matter which one a checkpoint brings back.
+    name = "stops early"
+    reference, counts, _ = cases.reference(name)
+    for share in (0.6, 0.75, 0.9):
+        kill = {"events": "calls", "at": int(counts["calls"] * share)}
+        killed_then_same(cases.server, cases.training(name), reference, kill=kill)
 
 
 def test_the_core_check_passes_without_a_mutation(cases: Cases) -> None:
