@@ -14,7 +14,8 @@ batch size beyond rounding (1e-5 relative).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -117,10 +118,11 @@ def window_nll(
             for first in range(0, len(starts), params.batch_size):
                 batch_starts = starts[first : first + params.batch_size]
                 batch = split_block(tokens[batch_starts[:, None] + offsets], device)
-                logits = model(**_without_loss(model, batch), use_cache=False).logits
-                # Window by window: the float32 log-softmax of a whole batch would double the peak.
-                rows = zip(logits, batch["labels"], strict=True)
-                sums.append(torch.stack([_nll(row, labels) for row, labels in rows]))
+                with _head_apart(model) as head:
+                    states = model(**_without_loss(model, batch), use_cache=False).logits
+                # Window by window: the logits of a batch of 32 are 1 GiB, and so is each temporary of their softmax.
+                rows = zip(states, batch["labels"], strict=True)
+                sums.append(torch.stack([_nll(head(row), labels) for row, labels in rows]))
                 on_batch(len(batch_starts))
     finally:
         model.train(was_training)
@@ -135,6 +137,26 @@ def _without_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str,
     """The labels as decoder input, shifted right as the model does it, so that it does not compute a loss as well."""
     shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     return {"input_ids": batch["input_ids"], "decoder_input_ids": shifted}
+
+
+@contextmanager
+def _head_apart(model: torch.nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Inside, a T5's "logits" are what its output projection, the last thing that it does, would have got.
+
+    Yields the projection, to be called afterwards. Other models are left as they are, with nothing to be called.
+    """
+    if model.config.model_type not in ("t5", "mt5"):
+        yield lambda logits: logits
+        return
+    head = model.get_output_embeddings()
+    own = head.__dict__.get("forward")  # the reversible engine sets one
+    head.forward = lambda states: states
+    try:
+        yield head
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
 
 
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
+from bwsk import make_reversible
 from bwsk.errors import BwskError
 from bwsk.params import EvaluateParams
 from bwsk.perplexity import perplexity, published_perplexity
@@ -93,3 +94,32 @@ def test_broken_weights_are_named_with_their_window(tokens: np.ndarray) -> None:
         broken.shared.weight[int(tokens[40])] = float("nan")
     with pytest.raises(BwskError, match="the loss is not finite on the window at token"):
         published_perplexity(broken, tokens, window=WINDOW, stride=STRIDE, params=EvaluateParams())
+
+
+def test_evaluating_leaves_the_model_as_it_was(model: T5ForConditionalGeneration, tokens: np.ndarray) -> None:
+    """The output projection runs window by window meanwhile; the reversible engine's own forward of it comes back."""
+    options = {"window": WINDOW, "stride": STRIDE, "params": EvaluateParams(batch_size=4)}
+    expected = published_perplexity(model, tokens, **options)
+    assert "forward" not in model.lm_head.__dict__
+    handle = make_reversible(model, "max")
+    engine = model.lm_head.__dict__["forward"]
+    assert published_perplexity(model, tokens, **options) == expected
+    assert model.lm_head.__dict__["forward"] is engine
+    handle.undo()
+    broken = tokens.copy()
+    broken[2] = 120  # beyond the vocabulary
+    with pytest.raises(IndexError):
+        published_perplexity(model, broken, **options)
+    assert "forward" not in model.lm_head.__dict__
+
+
+def test_a_model_whose_logits_are_not_the_last_product(tokens: np.ndarray) -> None:
+    """BART adds a bias to them: it is evaluated as it is."""
+    config = BartConfig(
+        vocab_size=90, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32,
+    )  # fmt: skip
+    bart = BartForConditionalGeneration(config)
+    bart.final_logits_bias.uniform_(-3, 3)
+    found = published_perplexity(bart, tokens, window=WINDOW, stride=STRIDE, params=EvaluateParams(batch_size=7))
+    assert found == pytest.approx(published_by_hand(bart, tokens), rel=1e-6)
