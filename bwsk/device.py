@@ -16,6 +16,7 @@ import torch
 
 from bwsk.errors import BwskError
 from bwsk.locks import POLL_SECONDS, Lock, holder, try_lock
+from bwsk.processor import tune
 
 if TYPE_CHECKING:
     from bwsk.params import Precision
@@ -95,6 +96,8 @@ def configure(device: torch.device, *, threads: int, deterministic: bool, tf32: 
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
+    else:
+        tune()
 
 
 def check_precision(key: str, precision: Precision, device: torch.device) -> None:

@@ -1,0 +1,80 @@
+"""What makes PyTorch fast on a CPU that its builds leave slow. Settings of the whole process; a GPU does not notice.
+
+**Products.** PyTorch computes float32 matrix products by MKL, which takes its AVX2 kernels on processors that are not
+Intel's, although they have AVX-512. oneDNN, which the same builds bring for bfloat16, has kernels for all of them. So
+large float32 products go to oneDNN there, in forward and backward alike: as exact, not MKL's bits. Every mode of a
+study runs in a process that is set like this, so what has the same bits in one has them in the other.
+
+**Freed memory.** glibc gives memory back to the system whenever 64 MiB are free at the end of its heap, and a training
+step then asks for all of it again, page by page. Here up to 1 GiB stays. Blocks above 32 MiB are still mapped and
+unmapped one by one: before glibc 2.38 a heap of larger aligned blocks grows without bound.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Products with fewer multiply-adds stay with MKL: below, the way through Python takes longer than what is gained.
+WORTH_IT = 1 << 22
+_KEPT_BYTES = 1 << 30
+_MMAP_THRESHOLD_BYTES = 32 << 20  # the most that glibc admits
+# The numbers of mallopt's parameters, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# What `torch.library` registers lasts as long as this object.
+_OVERRIDE: list[torch.library.Library] = []
+
+
+def tune() -> None:
+    """Set up this process; what the machine does not need or have is left out. Again is harmless."""
+    if mkl_falls_short():
+        multiply_by_onednn()
+    keep_freed_memory()
+
+
+@cache
+def mkl_falls_short() -> bool:
+    """Whether float32 products go to MKL, on a processor with AVX-512 that is not Intel's."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not (torch.backends.mkl.is_available() and cpuinfo.is_file()):
+        return False
+    vendor = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("vendor_id")), "")
+    return "AuthenticAMD" in vendor and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def multiply_by_onednn() -> bool:
+    """Compute large float32 products on the CPU by oneDNN from now on; False where this PyTorch has none."""
+    if _OVERRIDE:
+        return True
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    onednn, mkl = torch.ops.mkldnn._linear_pointwise.default, torch.ops.aten.mm.out
+
+    def mm(a: Tensor, b: Tensor) -> Tensor:
+        rows, columns = a.shape[0], b.shape[1]
+        large = rows * a.shape[1] * columns >= WORTH_IT
+        if large and a.dtype is torch.float32 and b.dtype is torch.float32:
+            return onednn(a, b.t(), None, "none", [], "")  # a · (bᵀ)ᵀ
+        return mkl(a, b, out=a.new_empty((rows, columns)))
+
+    override = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():  # that a kernel is replaced
+        warnings.simplefilter("ignore", UserWarning)
+        override.impl("mm", mm, "CPU")
+    _OVERRIDE.append(override)
+    return True
+
+
+def keep_freed_memory() -> bool:
+    """Let the heap keep what was freed, for the next step; False where the C library is not glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # The first alone would map every block above 128 KiB: setting one fixes the other where it is.
+    return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))

@@ -1,0 +1,147 @@
+"""The CPU's settings: products as exact as before, modes still the same bits, freed memory kept but not without bound.
+
+They last as long as a process, so each test has one of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+def answer(code: str) -> Any:
+    """What `code` leaves in `found`, run by a new Python without settings of the allocator."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    program = f"import json, torch\ntorch.set_num_threads(1)\n{code}\nprint(json.dumps(found))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=env, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@ONEDNN
+def test_products_are_as_exact_and_small_ones_unchanged() -> None:
+    found = answer("""
+from bwsk.processor import WORTH_IT, multiply_by_onednn
+torch.manual_seed(0)
+def products(rows, inner, columns):
+    x, w, g = torch.randn(rows, inner), torch.randn(columns, inner), torch.randn(rows, columns)
+    pairs = [(x, w.t()), (g, w), (g.t(), x), (x[:, ::2], w[:, ::2].t())]  # forward, both backwards, strided
+    return pairs, [a.mm(b) for a, b in pairs]
+large, before = products(200, 300, 400)
+small, small_before = products(20, 30, 40)
+assert 200 * 150 * 400 >= WORTH_IT > 20 * 30 * 40
+assert multiply_by_onednn() and multiply_by_onednn()
+def error(results):
+    exact = [a.double().mm(b.double()) for a, b in large]
+    return max(float((r - e).abs().max() / e.abs().max()) for r, e in zip(results, exact))
+after = [a.mm(b) for a, b in large]
+found = {
+    "error": [error(before), error(after)],
+    "contiguous": all(r.is_contiguous() for r in after),
+    "again": all(torch.equal(a.mm(b), r) for (a, b), r in zip(large, after)),
+    "small": all(torch.equal(a.mm(b), r) for (a, b), r in zip(small, small_before)),
+    "empty": list(torch.empty(0, 8).mm(torch.empty(8, 4)).shape),
+    "double": error([a.double().mm(b.double()) for a, b in large]) == 0,
+    "not finite": bool(torch.full((200, 300), torch.inf).mm(torch.ones(300, 400)).isinf().all()),
+}
+""")
+    before, after = found.pop("error")
+    assert after < 1e-6 > before
+    assert found.pop("empty") == [0, 4]
+    assert all(found.values()), found
+
+
+@ONEDNN
+@pytest.mark.parametrize("budget", ["fast", "max"])
+def test_the_reversible_engine_has_the_stock_bits_with_them(budget: str) -> None:
+    """Products above the limit, and one below; without the settings the loss has other bits."""
+    loss, *counts = answer(f"""
+import copy
+from transformers import T5Config, T5ForConditionalGeneration
+from bwsk import make_reversible
+from bwsk.processor import multiply_by_onednn
+torch.manual_seed(0)
+config = T5Config(d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, vocab_size=300, decoder_start_token_id=0)
+config._attn_implementation = "eager"
+stock = T5ForConditionalGeneration(config).train()
+tokens = torch.randint(1, 300, (4, 128))
+batch = {{"input_ids": tokens[:, :64], "labels": tokens[:, 64:].contiguous(), "use_cache": False}}
+def steps(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    torch.manual_seed(1)
+    kept = []
+    for _ in range(3):
+        loss = model(**batch).loss
+        loss.backward()
+        kept += [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+        optimizer.step()
+        optimizer.zero_grad()
+    return kept
+plain = steps(copy.deepcopy(stock))
+multiply_by_onednn()
+reversible = copy.deepcopy(stock)
+one = steps(stock)
+make_reversible(reversible, "{budget}", batch=4, input_length=64, target_length=64)
+other = steps(reversible)
+found = [torch.equal(plain[-1], one[-1]), sum(map(torch.equal, one, other)), len(one)]
+""")
+    assert loss is False
+    assert counts[0] == counts[1] > 90
+
+
+@GLIBC
+def test_the_heap_keeps_what_was_freed_at_its_end() -> None:
+    """Where the heap ends, before and after 96 MiB at its end are freed: glibc alone gives them back."""
+    code = """
+import ctypes
+{settings}
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+for _ in range(2):  # the first block that is given back tells glibc that such sizes are common
+    blocks = [libc.malloc(24 << 20) for _ in range(4)]
+    end = libc.sbrk(0)
+    for block in reversed(blocks):
+        libc.free(block)
+found = (end - libc.sbrk(0)) / 2**20
+"""
+    kept = "from bwsk.processor import keep_freed_memory\nassert keep_freed_memory()"
+    assert answer(code.format(settings=kept)) == 0
+    assert answer(code.format(settings="")) > 64
+
+
+@GLIBC
+def test_the_heap_does_not_grow_from_step_to_step() -> None:
+    """Aligned blocks of many sizes, also above what the heap keeps, in an order that changes from round to round."""
+    found = answer("""
+import random
+from bwsk.processor import keep_freed_memory
+keep_freed_memory()
+random.seed(0)
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+sizes = [2**20 * s for s in (1, 2, 2, 8, 8, 24, 31, 31, 40, 100)]
+found = []
+for _ in range(100):
+    random.shuffle(sizes)
+    blocks = [torch.ones(size // 4) for size in sizes]
+    random.shuffle(blocks)
+    while blocks:
+        blocks.pop()
+    found.append(resident())
+""")
+    assert max(found[50:]) <= 1.1 * max(found[:50])
