@@ -3,8 +3,9 @@
 Every rival runs in a process of its own (`bench/worker.py`) beside one of the plain loop; the two take turns, a burst
 of steps each, in the order A B, B A, A B, …, so that whatever else the machine does falls on both. Printed and written
 to OUT/step-DEVICE.json, medians over the bursts: time per step and its ratio to the plain loop's neighbouring burst,
-tokens/s, share of the time that the GPU was busy, peak memory on the device, evaluation windows/s (ours in batches of
-32, the plain one at batch 1), and the time of the whole study that follows from these. Not measured is null.
+tokens/s, share of the time that the GPU was busy, peak memory on the device, evaluation windows/s in turns as well
+(ours in batches of 32, the others by the publication's loop, a window at a time), and the time of the whole study that
+follows from these. Not measured is null.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ WINDOWS = 37 * 2_289 + 2_641
 
 CPU_RIVALS = ["ours-conventional-eager", "ours-reversible-eager", "trainer", "trainer-ckpt", "plain-ckpt"]
 GPU_RIVALS = ["ours-conventional-graph", "ours-reversible-graph", *CPU_RIVALS]
+EVALUATIONS = 3  # turns
 COMPILED = ["ours-conventional-compile", "trainer-compile"]
 
 
@@ -68,28 +70,38 @@ class Worker:
         self.process.stderr.close()
 
 
+def _in_turns(pair: list[Worker], rounds: int, **command: Any) -> dict[str, list[dict[str, float]]]:
+    """Each rival's answers to the command, given A B, B A, A B, …"""
+    answers: dict[str, list[dict[str, float]]] = {worker.rival: [] for worker in pair}
+    for index in range(rounds):
+        for worker in pair if index % 2 == 0 else reversed(pair):
+            answers[worker.rival].append(worker.ask(**command))
+    return answers
+
+
+def _ratio(answers: dict[str, list[dict[str, float]]], rival: str, key: str) -> float:
+    """The rival's figure over the plain loop's, the median of neighbouring answers."""
+    return statistics.median(
+        mine[key] / theirs[key] for mine, theirs in zip(answers[rival], answers["plain"], strict=True)
+    )
+
+
 def compare(rival: str, precision: str, args: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
     """Rows of the plain loop and of one rival, measured in turns."""
     pair = [Worker("plain", precision, options), Worker(rival, precision, options)]
     try:
         for worker in pair:
             worker.ask(do="steps", count=args.warm)
-        bursts: dict[str, list[dict[str, float]]] = {worker.rival: [] for worker in pair}
-        for index in range(args.rounds):
-            for worker in pair if index % 2 == 0 else reversed(pair):
-                bursts[worker.rival].append(worker.ask(do="steps", count=args.steps))
-        ratios = {
-            key: statistics.median(
-                mine[key] / theirs[key] for mine, theirs in zip(bursts[rival], bursts["plain"], strict=True)
-            )
-            for key in ("ms", "cpu_ms")
-        }
+        bursts = _in_turns(pair, args.rounds, do="steps", count=args.steps)
+        ratios = {key: _ratio(bursts, rival, key) for key in ("ms", "cpu_ms")}
+        evaluations = _in_turns(pair, EVALUATIONS, do="evaluate", windows=args.windows) if args.windows else None
         rows = []
         for worker in pair:
             found = bursts[worker.rival]
             ms = statistics.median(burst["ms"] for burst in found)
             own = worker.rival == rival
-            speed = worker.ask(do="evaluate", windows=args.windows)["windows_per_s"] if args.windows else None
+            speed = evaluations and statistics.median(one["windows_per_s"] for one in evaluations[worker.rival])
+            faster = _ratio(evaluations, rival, "windows_per_s") if evaluations and own else evaluations and 1.0
             rows.append(
                 {
                     "rival": worker.rival,
@@ -103,6 +115,7 @@ def compare(rival: str, precision: str, args: argparse.Namespace, options: list[
                     "gpu_busy": worker.ask(do="busy", count=args.steps)["busy"] if args.device == "cuda" else None,
                     "peak_mib": worker.ask(do="memory")["peak_mib"],
                     "windows_per_s": None if speed is None else round(speed, 3),
+                    "windows_ratio_to_plain": None if faster is None else round(faster, 4),
                     "projected_study_s": None if speed is None else round(projected(ms, speed, args)),
                 }
             )
@@ -149,7 +162,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    heads = ("ms/step", "x plain", "CPU x plain", "tokens/s", "busy", "peak MiB", "windows/s", "study, min")
+    heads = ("ms/step", "x plain", "CPU x plain", "tokens/s", "busy", "peak MiB", "windows/s", "x plain", "study, min")
     print(f"{'':28} {'':5}" + "".join(f"{head:>12}" for head in heads))
     for row in rows:
         study = row["projected_study_s"]
@@ -161,6 +174,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{cell(row['gpu_busy'], '.0%'):>12}",
             f"{cell(row['peak_mib'], ',.0f'):>12}",
             f"{cell(row['windows_per_s'], '.2f'):>12}",
+            f"{cell(row['windows_ratio_to_plain'], '.2f'):>12}",
             f"{cell(None if study is None else study / 60, ',.0f'):>12}",
         )
         print(f"{row['rival']:28} {row['precision']:5}" + "".join(values), flush=True)

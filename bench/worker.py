@@ -113,21 +113,50 @@ def batches(model: Any, shape: tuple[int, int, int], device: torch.device):
         yield {"input_ids": tokens[:, :ins], "labels": tokens[:, ins:].contiguous()}
 
 
-def evaluation(model: Any, precision: str, batch_size: int) -> Callable[[int], float]:
-    """Windows per second of the published perplexity in batches of `batch_size`."""
+def _windows(model: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens and the starts of `count` windows of them."""
+    starts = np.arange(count) * STRIDE
+    return np.random.default_rng(1).integers(1, model.config.vocab_size, int(starts[-1]) + WINDOW + 1), starts
+
+
+def evaluation(model: Any, precision: str) -> Callable[[int], float]:
+    """Windows per second of the published perplexity as `bwsk train` validates, in batches of 32."""
     from bwsk.perplexity import window_nll
 
     # The fields of EvaluateParams that are read; its module needs pydantic, which a bare GPU machine may not have.
-    params = SimpleNamespace(batch_size=batch_size, precision=DTYPES[precision], max_windows=None)
+    params = SimpleNamespace(batch_size=32, precision=DTYPES[precision], max_windows=None)
 
     def run(windows: int) -> float:
-        starts = np.arange(windows) * STRIDE
-        tokens = np.random.default_rng(1).integers(1, model.config.vocab_size, int(starts[-1]) + WINDOW + 1)
+        tokens, starts = _windows(model, windows)
         began = time.perf_counter()
         window_nll(model, tokens, starts, WINDOW, params)
         return windows / (time.perf_counter() - began)
 
     return run
+
+
+def plain_evaluation(model: Any, precision: str) -> Callable[[int], float]:
+    """The same by the publication's loop: a window at a time, the model's own loss, fetched each time."""
+    device = next(model.parameters()).device
+
+    def run(windows: int) -> float:
+        tokens, starts = _windows(model, windows)
+        model.eval()
+        began = time.perf_counter()
+        with torch.no_grad(), _autocast(device, precision):
+            for start in starts:
+                window = torch.from_numpy(tokens[start : start + WINDOW])[None].to(device)
+                model(input_ids=window[:, : WINDOW // 2], labels=window[:, WINDOW // 2 :].contiguous()).loss.item()
+        elapsed = time.perf_counter() - began
+        model.train()
+        return windows / elapsed
+
+    return run
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
 def plain(gate: Gate, model: Any, source: Any, precision: str, checkpointing: bool) -> None:
@@ -137,12 +166,11 @@ def plain(gate: Gate, model: Any, source: Any, precision: str, checkpointing: bo
     device = gate.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     losses = []
     while True:
         gate.begin()
         optimizer.zero_grad()
-        with torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32"):
+        with _autocast(device, precision):
             loss = model(**next(source)).loss
         if torch.isnan(loss) or torch.isinf(loss):
             raise SystemExit("bench/worker: the plain loop's loss is not finite")
@@ -223,13 +251,17 @@ def main() -> None:
     args = parser.parse_args()
     from transformers import T5ForConditionalGeneration
 
+    device = torch.device(args.device)
+    ours_too = args.rival.startswith("ours")
+    if ours_too:
+        from bwsk.device import configure
+
+        configure(device, threads=args.threads, deterministic=True, tf32=False)  # what params.yaml has by default
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device = torch.device(args.device)
     model = T5ForConditionalGeneration(config(args.model, args.attention)).to(device).train()
     shape = (args.batch, args.input, args.target)
-    ours_too = args.rival.startswith("ours")
-    gate = Gate(device, evaluation(model, "fp32", 32 if ours_too else 1))
+    gate = Gate(device, (evaluation if ours_too else plain_evaluation)(model, args.precision))
     source = batches(model, shape, device)
     if args.rival in ("plain", "plain-ckpt"):
         plain(gate, model, source, args.precision, args.rival.endswith("ckpt"))
