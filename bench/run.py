@@ -113,6 +113,7 @@ def compare(rival: str, precision: str, args: argparse.Namespace, options: list[
                     "tokens_per_s": round(args.batch * (args.input + args.target) / ms * 1e3, 1),
                     "bursts_ms": [round(burst["ms"], 3) for burst in found],
                     "gpu_busy": worker.ask(do="busy", count=args.steps)["busy"] if args.device == "cuda" else None,
+                    "profile": worker.ask(do="profile", count=2) if args.profile else None,
                     "peak_mib": worker.ask(do="memory")["peak_mib"],
                     "windows_per_s": None if speed is None else round(speed, 3),
                     "windows_ratio_to_plain": None if faster is None else round(faster, 4),
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20 if cuda else 1, help="steps per burst")
     parser.add_argument("--warm", type=int, default=20 if cuda else 3, help="untimed steps before the first burst")
     parser.add_argument("--windows", type=int, default=640 if cuda else 32, help="evaluation windows; 0: none")
+    parser.add_argument("--profile", action="store_true", help="also where the time of a step goes, by operator")
     parser.add_argument("--seconds", type=float, help="start no further pair after this time")
     parser.add_argument("--name", help="name of the JSON file (default: step-DEVICE)")
     args = parser.parse_args()

@@ -5,6 +5,7 @@ command per line from standard input and answers with a line of JSON on standard
 
     {"do": "steps", "count": n}      n optimizer steps, timed together: {"ms", "cpu_ms"} per step
     {"do": "busy", "count": n}       the same under the profiler: {"busy"}, share of the time that a kernel ran (CUDA)
+    {"do": "profile", "count": n}    where it goes: {"operators": {name: own ms per step}, "page_faults": per step}
     {"do": "evaluate", "windows": n} perplexity on n windows: {"windows_per_s"}
     {"do": "memory"}                 {"peak_mib"}, most that was allocated on the device; null on the CPU
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -38,6 +40,11 @@ from bench.rivals import config
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 WINDOW, STRIDE = 512, 128
+PROFILED = 12  # operators that a profile names
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 class Gate:
@@ -48,12 +55,13 @@ class Gate:
         self.left = 0
         self.count = 0
         self.profiler: Any = None
+        self._cuda = device.type == "cuda"
         # Libraries print: answers go to a copy of standard output, everything else to standard error.
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
     def sync(self) -> None:
-        if self.device.type == "cuda":
+        if self._cuda:
             torch.cuda.synchronize(self.device)
 
     def begin(self) -> None:
@@ -64,20 +72,23 @@ class Gate:
             self._command(json.loads(line))
 
     def _command(self, command: dict[str, Any]) -> None:
-        if command["do"] in ("steps", "busy"):
+        if command["do"] in ("steps", "busy", "profile"):
             self.left = self.count = command["count"]
-            if command["do"] == "busy" and self.device.type == "cuda":
-                self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-                self.profiler.start()
-            self.busy = command["do"] == "busy"
+            self.task = command["do"]
+            if self.task != "steps":
+                cpu, cuda = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
+                activities = [*([cpu] if self.task == "profile" else []), *([cuda] if self._cuda else [])]
+                self.profiler = torch.profiler.profile(activities=activities) if activities else None
+                if self.profiler:
+                    self.profiler.start()
+            self.faults = _page_faults()
             self.sync()
             self.started = time.perf_counter(), time.process_time()
         elif command["do"] == "evaluate":
             self.sync()
             self._answer(windows_per_s=self.evaluate(command["windows"]))
         elif command["do"] == "memory":
-            cuda = self.device.type == "cuda"
-            self._answer(peak_mib=torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None)
+            self._answer(peak_mib=torch.cuda.max_memory_allocated(self.device) / 2**20 if self._cuda else None)
         else:
             raise SystemExit(f"bench/worker: unknown command {command}")
 
@@ -87,16 +98,22 @@ class Gate:
             return
         self.sync()
         wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
-        if not self.busy:
+        if self.task == "steps":
             self._answer(ms=1e3 * wall / self.count, cpu_ms=1e3 * cpu / self.count)
             return
-        busy = None
+        faults = (_page_faults() - self.faults) / self.count
+        events = []
         if self.profiler is not None:
             self.profiler.stop()
             events = self.profiler.key_averages()
-            busy = sum(event.self_device_time_total for event in events) / 1e6 / wall
             self.profiler = None
-        self._answer(busy=busy)
+        if self.task == "busy":
+            busy = sum(event.self_device_time_total for event in events) / 1e6 / wall
+            self._answer(busy=busy if self._cuda else None)
+            return
+        own = {e.key: e.self_device_time_total if self._cuda else e.self_cpu_time_total for e in events}
+        most = sorted(own, key=own.__getitem__, reverse=True)[:PROFILED]
+        self._answer(operators={key: round(own[key] / 1e3 / self.count, 2) for key in most}, page_faults=round(faults))
 
     def _answer(self, **values: Any) -> None:
         print(json.dumps(values, allow_nan=False), file=self.answers, flush=True)
