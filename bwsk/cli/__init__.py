@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-# One module per group of commands; importing it registers its commands.
-GROUPS = ("data", "study", "publish", "models", "memory", "tools", "versions")
+# One module per group of commands; importing it registers its commands, in the order that `bwsk --help` shows.
+GROUPS = ("models", "memory", "data", "study", "publish", "versions", "tools")
 
 
 def main() -> None:

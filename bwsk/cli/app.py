@@ -7,6 +7,12 @@ from __future__ import annotations
 
 import typer
 
+# Panels of `bwsk --help`, in the order of the modules that fill them (`bwsk.cli.GROUPS`).
+MODELS = "Models, without their weights"
+STEPS = "The steps of a study, in their order"
+VERSIONS = "Versions of a study"
+LOOK = "Look"
+
 app = typer.Typer(
     name="bwsk",
     help="Classify neural networks into S-type and K-type operations, and train with less memory by it.",

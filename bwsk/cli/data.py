@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bwsk.cli.app import app
+from bwsk.cli.app import STEPS, app
 from bwsk.cli.options import JsonFile, ParamsFile
 
 _PARAMS = Path("params.yaml")
@@ -16,12 +16,12 @@ _TOKENIZER = Path("build/tokenizer")
 _TOKENS = Path("build/tokens")
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def corpus(
     out: Annotated[Path, typer.Option(help="Folder of the splits.")] = _CORPUS,
     params_file: ParamsFile = _PARAMS,
 ) -> None:
-    """Fetch or read the corpus of a study and store its three splits."""
+    """Fetch or read the corpus and store its three splits."""
     from bwsk.corpus import make_corpus
     from bwsk.params import load_params
 
@@ -30,13 +30,13 @@ def corpus(
         typer.echo(f"corpus {info['name']}, {split}: {entry['rows']:,} rows, {entry['bytes']:,} bytes")
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def tokenizer(
     out: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = _TOKENIZER,
     params_file: ParamsFile = _PARAMS,
     corpus: Annotated[Path | None, typer.Option(help="Folder written by `bwsk corpus`; only to train one.")] = None,
 ) -> None:
-    """Fetch, copy or train the tokenizer of a study."""
+    """Fetch, copy or train the tokenizer."""
     from bwsk.params import load_params
     from bwsk.tokenizer import make_tokenizer
 
@@ -44,7 +44,7 @@ def tokenizer(
     typer.echo(f"tokenizer {info['name']}: {info['vocab_size']:,} ids")
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def tokens(
     out: Annotated[Path, typer.Option(help="Folder of the tokens (study).")] = _TOKENS,
     params_file: ParamsFile = _PARAMS,
@@ -55,9 +55,12 @@ def tokens(
     block: Annotated[int, typer.Option(help="Tokens of a training block (--text).", min=1)] = 512,
     window: Annotated[int, typer.Option(help="Tokens of an evaluation window (--text).", min=1)] = 512,
     stride: Annotated[int, typer.Option(help="Distance of evaluation windows (--text).", min=1)] = 128,
-    separator: Annotated[str, typer.Option(help="Joins the lines (--text).", show_default=False)] = "\n\n",
+    separator: Annotated[str, typer.Option(help="Joins the lines (--text).", show_default="a blank line")] = "\n\n",
 ) -> None:
-    """Tokenise a study's splits into blocks and windows, or count those of any text file (--text)."""
+    """Tokenise the splits into blocks and windows.
+
+    Or count those of any text file (--text), which needs no study, only a tokenizer.
+    """
     from bwsk.files import write_json
 
     if text is not None:
@@ -77,7 +80,7 @@ def tokens(
         write_json(json_file, info)
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def base(
     out: Annotated[Path, typer.Option(help="Folder of the base checkpoint.")] = Path("build/base"),
     params_file: ParamsFile = _PARAMS,
@@ -85,7 +88,7 @@ def base(
     tokens: Annotated[Path, typer.Option(help="Folder written by `bwsk tokens`.")] = _TOKENS,
     device: Annotated[str, typer.Option(help="Where to pretrain: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Fetch, check or pretrain the base checkpoint of a study."""
+    """Fetch, check or pretrain the base checkpoint."""
     from bwsk.base import make_base
     from bwsk.params import load_params
 

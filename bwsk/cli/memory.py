@@ -6,12 +6,9 @@ from pathlib import Path
 
 import typer
 
-from bwsk.cli.app import app
+from bwsk.cli.app import MODELS, app
+from bwsk.cli.options import Batch, InputLength, JsonFile, Model, TargetLength
 
-_MODEL = typer.Argument(help="Hub id, local directory or config.json.", metavar="MODEL")
-_BATCH = typer.Option(4, "--batch", "-b", help="Sequences per step.")
-_INPUT = typer.Option(256, "--input", "-i", help="Input tokens per sequence.")
-_TARGET = typer.Option(None, "--target", "-t", help="Target tokens (encoder-decoder models) [default: as --input].")
 _LONG = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _PRECISION = typer.Option(
     "fp32",
@@ -20,21 +17,23 @@ _PRECISION = typer.Option(
     callback=lambda name: _LONG.get(name, name),
     help="fp32, or float32 weights under autocast bf16 or fp16 (or their long names, as in params.yaml).",
 )
-_JSON = typer.Option(None, "--json", help="Also write the result to this file.", metavar="FILE")
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def plan(
-    model: str = _MODEL,
+    model: Model,
     budget: str = typer.Option("fast", "--budget", help="fast, balanced, max, a fraction (0.6) or a size (900MiB)."),
-    batch: int = _BATCH,
-    input_length: int = _INPUT,
-    target_length: int = _TARGET,
+    batch: Batch = 4,
+    input_length: InputLength = 256,
+    target_length: TargetLength = None,
     precision: str = _PRECISION,
     full: bool = typer.Option(False, "--full", help="List every block, not only the ones that differ."),
-    json: Path = _JSON,
+    json: JsonFile = None,
 ) -> None:
-    """What a reversible training step keeps, redoes and leaves a residue of, and the trade-off curve."""
+    """What a reversible training step keeps and redoes, and its cost.
+
+    Every operation with its residue, and the trade-off between memory and extra FLOPs.
+    """
     from bwsk.architecture import load_config
     from bwsk.cli.tables import plan_tables
     from bwsk.reversible.handle import curve_of, plan_of
@@ -48,23 +47,30 @@ def plan(
         _write(json, {"model": model, "precision": precision, **found.to_json(), "curve": [p.point() for p in points]})
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def memory(
-    model: str = _MODEL,
-    batch: int = _BATCH,
-    input_length: int = _INPUT,
-    target_length: int = _TARGET,
+    model: Model,
+    batch: Batch = 4,
+    input_length: InputLength = 256,
+    target_length: TargetLength = None,
     mode: str = typer.Option("conventional", "--mode", "-m", help="conventional, checkpoint or reversible."),
     precision: str = _PRECISION,
-    budget: str = typer.Option(None, "--budget", help="Of mode reversible: fast, balanced, max, 0.6, 900MiB."),
-    optimizer: str = typer.Option(
-        None, "--optimizer", help="AdamW foreach, fused or loop [default: fused if reversible, else foreach]."
+    budget: str | None = typer.Option(
+        None, "--budget", help="Of mode reversible: fast, balanced, max, 0.6, 900MiB.", show_default="fast"
+    ),
+    optimizer: str | None = typer.Option(
+        None, "--optimizer", help="AdamW: foreach, fused or loop.", show_default="fused if reversible, else foreach"
     ),
     attention: str = typer.Option("eager", "--attention", help="eager or sdpa."),
-    fit: str = typer.Option(None, "--fit", help="Does it fit into this (8GB)? And which batch would be the largest?"),
-    json: Path = _JSON,
+    fit: str | None = typer.Option(
+        None, "--fit", metavar="SIZE", help="Does it fit into this (8GB), and which batch would be the largest?"
+    ),
+    json: JsonFile = None,
 ) -> None:
-    """Predicted peak memory of a training step by phase and kind, without a GPU."""
+    """Predict the peak memory of a training step, and whether it fits.
+
+    By phase and by kind of memory; needs no GPU.
+    """
     from bwsk.architecture import load_config
     from bwsk.cli.tables import memory_table
     from bwsk.memory import largest_batch, predict_memory

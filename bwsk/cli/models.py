@@ -7,26 +7,28 @@ from typing import Any
 
 import typer
 
-from bwsk.cli.app import app
+from bwsk.cli.app import MODELS, app
+from bwsk.cli.options import Batch, InputLength, JsonFile, Model, TargetLength
 
-MODEL = typer.Argument(help="Hub id (optionally id@revision), model directory, or config.json.", show_default=False)
 RULES = typer.Option("published", "--rules", help="Rule set that decides: published or strict.")
-JSON = typer.Option(None, "--json", metavar="FILE", help="Write the result as JSON.")
 FIGURE = typer.Option(None, "--figure", metavar="FILE", help="Draw the S/K map by depth (.svg, .png or .pdf).")
 STRICT = typer.Option(False, "--strict", help="Exit with an error if anything is GRAY.")
 TRAIN = typer.Option(True, "--train/--eval", help="Mode of the model: dropout and batch norm depend on it.")
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def classify(
-    model: str = MODEL,
+    model: Model,
     rules: str = RULES,
     training: bool = TRAIN,
-    json: Path | None = JSON,
+    json: JsonFile = None,
     figure: Path | None = FIGURE,
     strict: bool = STRICT,
 ) -> None:
-    """Count the S-type and K-type modules of a model, under the published and the strict rules."""
+    """Count a model's S-type and K-type modules, with a reason each.
+
+    Under the published and the strict rules.
+    """
     from bwsk.architecture import load
     from bwsk.census import classify as census_of
     from bwsk.rulesets import RULE_SETS, rule_set
@@ -129,29 +131,33 @@ def _print_census(source: str, name: str, chosen: Any, other: Any) -> None:
         )
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def trace(
-    model: str = MODEL,
-    batch: int = typer.Option(4, "--batch", help="Samples in a batch."),
-    input_length: int = typer.Option(256, "--input", help="Tokens of an input sequence."),
-    target_length: int = typer.Option(256, "--target", help="Tokens of a target sequence (encoder-decoder models)."),
+    model: Model,
+    batch: Batch = 4,
+    input_length: InputLength = 256,
+    target_length: TargetLength = None,
     autocast: str | None = typer.Option(None, "--autocast", metavar="bf16|fp16", help="Trace under autocast."),
     devices: int = typer.Option(2, "--devices", help="Also cut the forward pass into this many stages."),
     rules: str = typer.Option("strict", "--rules", help="Rule set that decides: strict or published."),
     training: bool = TRAIN,
-    json: Path | None = JSON,
+    json: JsonFile = None,
     figure: Path | None = typer.Option(None, "--figure", metavar="FILE", help="Draw what crosses the barriers."),
     strict: bool = STRICT,
 ) -> None:
-    """List the operations of a training step, its S-phases and barriers, and a cut over devices. No weights needed."""
+    """List the operations of a training step, its phases and barriers.
+
+    And a cut of its forward pass over devices.
+    """
     from bwsk.calm import analyse, partition
     from bwsk.errors import BwskError
     from bwsk.operations import trace as trace_of
 
     if devices < 1:
         raise BwskError(f"--devices {devices}: must be at least 1")
+    target = input_length if target_length is None else target_length
     result = trace_of(
-        model, batch=batch, input_length=input_length, target_length=target_length, autocast=autocast,
+        model, batch=batch, input_length=input_length, target_length=target, autocast=autocast,
         training=training, rules=rules,
     )  # fmt: skip
     calm = analyse(result)

@@ -8,15 +8,16 @@ from typing import Annotated
 
 import typer
 
-from bwsk.cli.app import app
+from bwsk.cli.app import STEPS, app
 from bwsk.cli.options import JsonFile, ParamsFile
 
 _PARAMS = Path("params.yaml")
+_VARIANT = "As scratch-bwsk-reversible: finetune or scratch, then conventional, bwsk-analyzed or bwsk-reversible."
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def train(
-    variant: Annotated[str, typer.Argument(help="{finetune,scratch}-{conventional,bwsk-analyzed,bwsk-reversible}.")],
+    variant: Annotated[str, typer.Argument(help=_VARIANT)],
     out: Annotated[Path, typer.Option(help="Folder of the trained variant.")],
     params_file: ParamsFile = _PARAMS,
     tokens: Annotated[Path, typer.Option(help="Folder written by `bwsk tokens`.")] = Path("build/tokens"),
@@ -28,7 +29,10 @@ def train(
     curves: Annotated[Path | None, typer.Option(help="Also write train.csv and validation.csv here.")] = None,
     gpus: Annotated[int, typer.Option(help="GPU slots of this job; 0 trains on the CPU.", min=0)] = 1,
 ) -> None:
-    """Train one variant; run the same command again after an interruption and it continues."""
+    """Train one variant.
+
+    After an interruption, give the same command again: it continues from its last checkpoint.
+    """
     from bwsk.device import pick_device
     from bwsk.faults import free_memory, is_out_of_memory
     from bwsk.files import require_writable
@@ -75,7 +79,7 @@ def train(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model and its tokenizer.")],
     text: Annotated[Path | None, typer.Option(help="Evaluate on this UTF-8 text file.")] = None,
@@ -90,7 +94,10 @@ def evaluate(
     metrics: Annotated[Path | None, typer.Option(help="Also write the figures to compare by here (--params).")] = None,
     gpus: Annotated[int, typer.Option(help="GPU slots of this job; 0 evaluates on the CPU.", min=0)] = 1,
 ) -> None:
-    """Perplexity of a saved model: on any text (--text), or on a study's validation and test split (--params)."""
+    """Perplexity of a saved model.
+
+    On any text (--text), or on a study's validation and test split (--params).
+    """
     from bwsk import evaluate as evaluation
     from bwsk.errors import BwskError
     from bwsk.files import read_json, write_json
@@ -106,22 +113,6 @@ def evaluate(
         if metrics is not None:
             write_json(metrics, evaluation.metrics(result, read_json(model / "training_results.json")))
     evaluation.report(result, json_file)
-
-
-@app.command()
-def schema(
-    out: Annotated[Path | None, typer.Option(help="Write it to this file; else to standard output.")] = None,
-) -> None:
-    """The JSON schema of params.yaml, as the workflow checks it and editors complete from it."""
-    import json
-
-    from bwsk.files import write_json
-    from bwsk.params import json_schema
-
-    if out is None:
-        print(json.dumps(json_schema(), indent=2))
-    else:
-        write_json(out, json_schema())
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Commands: tools around a study."""
+"""Commands to look with: at a study, at this machine, at what params.yaml may say."""
 
 from __future__ import annotations
 
@@ -7,16 +7,34 @@ from typing import Annotated
 
 import typer
 
-from bwsk.cli.app import app
-from bwsk.cli.options import JsonFile
+from bwsk.cli.app import LOOK, app
+from bwsk.cli.options import JsonFile, Study
+
+_HERE = Path()
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
+def show(study: Study = _HERE) -> None:
+    """Print a study's results and the verdicts on the published claims."""
+    from bwsk.cli.summary import print_results
+    from bwsk.results import read_results
+
+    print_results(read_results(study))
+    path = study / "results" / "README.md"
+    print(f"model card: {path}" if path.is_file() else f"model card: not written yet; run: bwsk card {study}")
+
+
+@app.command(rich_help_panel=LOOK)
 def doctor(
-    study: Annotated[Path | None, typer.Option(help="Study directory; this one if it has a params.yaml.")] = None,
+    study: Annotated[
+        Path | None, typer.Argument(help="A study; this directory, if it has a params.yaml.", show_default=False)
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """What this machine has and what would run; exit status 1 if the study could not."""
+    """What this machine has, and whether the study would run.
+
+    Exit status 1 if it could not.
+    """
     from rich.console import Console
     from rich.markup import escape
 
@@ -37,3 +55,22 @@ def doctor(
         write_json(json_file, as_json(findings))
     if not runs(findings):
         raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=LOOK)
+def schema(
+    out: Annotated[Path | None, typer.Option(help="Write it to this file; else to standard output.")] = None,
+) -> None:
+    """The JSON schema of params.yaml.
+
+    The workflow checks it, editors complete from it.
+    """
+    import json
+
+    from bwsk.files import write_json
+    from bwsk.params import json_schema
+
+    if out is None:
+        print(json.dumps(json_schema(), indent=2))
+    else:
+        write_json(out, json_schema())

@@ -1,4 +1,4 @@
-"""Commands that keep a study's versions: the stages that DVC runs."""
+"""Commands that keep a study's versions: the stages that DVC runs, and what differs between two versions."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from typing import Annotated
 
 import typer
 
-from bwsk.cli.app import app
+from bwsk.cli.app import VERSIONS, app
+from bwsk.cli.options import Study
 
-Study = Annotated[Path, typer.Argument(help="A study: a directory with a params.yaml.", show_default=True)]
 _HERE = Path()
 
 
-@app.command()
+@app.command(rich_help_panel=VERSIONS)
 def stages(
     study: Study = _HERE,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if dvc.yaml is out of date.")] = False,
 ) -> None:
-    """Write a study's dvc.yaml: DVC's stages, each of which asks Snakemake for one artifact."""
+    """Write dvc.yaml, the stages of a study.
+
+    Each of them asks Snakemake for one artifact.
+    """
     from bwsk import stages as graph
 
     if check:
@@ -27,17 +30,43 @@ def stages(
         typer.echo(f"wrote {graph.write(study)}")
 
 
-@app.command()
+@app.command(rich_help_panel=VERSIONS)
+def record(study: Study = _HERE) -> None:
+    """Take over into DVC what Snakemake made.
+
+    Runs nothing again; refuses what is incomplete or stale.
+    """
+    from bwsk import versions
+
+    versions.record(study, typer.echo)
+
+
+@app.command(rich_help_panel=VERSIONS)
 def restore(study: Study = _HERE) -> None:
-    """Pull a study's outputs with DVC and tell Snakemake that they are up to date; names what is missing."""
+    """Pull a study's outputs with DVC.
+
+    Tells Snakemake that they are up to date, and names what is missing.
+    """
     from bwsk import versions
 
     versions.restore(study, typer.echo)
 
 
-@app.command()
-def record(study: Study = _HERE) -> None:
-    """Take over into DVC what Snakemake made, without running it again; refuses what is incomplete or stale."""
-    from bwsk import versions
+@app.command(rich_help_panel=VERSIONS)
+def compare(
+    a: Annotated[str, typer.Argument(help="A study directory, a results.json or a git revision.")],
+    b: Annotated[str, typer.Argument(help="What to compare it with.")],
+    study: Annotated[Path, typer.Option(help="The study whose results a revision stands for.")] = _HERE,
+) -> None:
+    """What differs between two studies or two revisions.
 
-    versions.record(study, typer.echo)
+    A table of parameters, figures, verdicts and weights.
+    """
+    from bwsk.cli.summary import console
+    from bwsk.compare import changes, load_side, table
+
+    found = changes(load_side(a, study), load_side(b, study))
+    if found:
+        console().print(table(found, a, b))
+    else:
+        print(f"{a} and {b}: no difference in parameters, figures, verdicts or weights")

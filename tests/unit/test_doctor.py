@@ -132,7 +132,7 @@ def test_the_command_with_a_reachable_hub_and_a_dvc_remote(tmp_path: Path) -> No
 def test_the_command_fails_for_a_study_that_could_not_run(tmp_path: Path) -> None:
     source = {"source": "hub", "id": "owner/model", "revision": "f" * 40}
     folder = study(tmp_path / "study", base=source)
-    result = doctor(tmp_path, "--study", str(folder), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
+    result = doctor(tmp_path, str(folder), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
     assert result.returncode == 1
     assert "warn Hub        not reachable (127.0.0.1:9: " in result.stdout
     assert "fail base       owner/model@ffffffffffff is on the Hub, which cannot be reached -> connect" in result.stdout
