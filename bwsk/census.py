@@ -20,6 +20,7 @@ from bwsk.operators import Subject
 from bwsk.rules import KINDS, Rule, RuleSet
 from bwsk.ruleset_strict import composition
 from bwsk.rulesets import rule_set
+from bwsk.counts import Counts
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Census:
+class Census(Counts):
     """Leaf modules of `model` under the rule set `rules`, with the model in `mode` ("training" or "eval")."""
 
     model: str
@@ -49,40 +50,8 @@ class Census:
     rows: tuple[Row, ...]
     outside: tuple[str, ...]  # parameters that belong to no leaf: no row speaks for them
 
-    def _count(self, verdict: str) -> int:
-        return sum(row.verdict == verdict for row in self.rows)
-
-    def _ratio(self, count: int) -> float | None:
-        return count / self.total if self.rows else None
-
-    @property
-    def s(self) -> int:
-        return self._count("S")
-
-    @property
-    def k(self) -> int:
-        return self._count("K")
-
-    @property
-    def gray(self) -> int:
-        return self._count("GRAY")
-
-    @property
-    def total(self) -> int:
-        return len(self.rows)
-
-    @property
-    def s_ratio(self) -> float | None:
-        """Share of S among all leaves (0 to 1); None for a model without leaves."""
-        return self._ratio(self.s)
-
-    @property
-    def k_ratio(self) -> float | None:
-        return self._ratio(self.k)
-
-    @property
-    def gray_ratio(self) -> float | None:
-        return self._ratio(self.gray)
+    def _judged(self) -> tuple[Row, ...]:
+        return self.rows
 
     def by_kind(self) -> list[dict[str, Any]]:
         """Rows that share kind, verdict and condition, with their number, most first."""

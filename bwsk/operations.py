@@ -33,12 +33,13 @@ from bwsk.errors import BwskError
 from bwsk.recorder import BackwardTotals, CudaDropout, Operation, Recorder
 from bwsk.rules import RuleSet
 from bwsk.rulesets import rule_set
+from bwsk.counts import Counts
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Trace:
+class Trace(Counts):
     """The operators of one training step of `model` in the order they ran (forward), and totals of its backward."""
 
     model: str
@@ -54,32 +55,8 @@ class Trace:
         """The operations that activations go through."""
         return self._memo.setdefault("data", [op for op in self.operations if op.on_data])
 
-    def _count(self, verdict: str) -> int:
-        return sum(op.verdict == verdict for op in self.data)
-
-    @property
-    def s(self) -> int:
-        return self._count("S")
-
-    @property
-    def k(self) -> int:
-        return self._count("K")
-
-    @property
-    def gray(self) -> int:
-        return self._count("GRAY")
-
-    @property
-    def total(self) -> int:
-        return len(self.data)
-
-    @property
-    def s_ratio(self) -> float | None:
-        return self.s / self.total if self.total else None
-
-    @property
-    def k_ratio(self) -> float | None:
-        return self.k / self.total if self.total else None
+    def _judged(self) -> list[Operation]:
+        return self.data
 
     @property
     def saved_bytes(self) -> int:

@@ -1,5 +1,5 @@
-"""Fixtures of the unit tests: a finished tiny study, made once (see `study_fixture`)."""
+"""Fixtures of the unit tests: a finished tiny study and the embedded study's data, made once (see `study_fixture`)."""
 
-from tests.unit.study_fixture import editable, params, study
+from tests.unit.study_fixture import data, editable, params, study
 
-__all__ = ["editable", "params", "study"]
+__all__ = ["data", "editable", "params", "study"]

@@ -1,6 +1,7 @@
 """A tiny but real study: the real steps on a few pages of text, six variants trained for a few steps each.
 
-Made once per test session (seconds). `study` is shared and read only; `editable` is a copy to tamper with.
+Made once per test session (seconds). `study` is shared and read only; `editable` is a copy to tamper with. `data` is
+the embedded study's corpus, tokenizer and tokens, read only as well.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ train:
 evaluate: {batch_size: 32, max_windows: 40}
 """
 _ROWS = {"train": 500, "validation": 160, "test": 160}
+DEMO = Path(__file__).parents[2] / "demo" / "params.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +54,17 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         _make(root, patch)
     return root
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the embedded study's `corpus`, `tokenizer` and `tokens`."""
+    out = tmp_path_factory.mktemp("data")
+    params = load_params(DEMO)
+    make_corpus(params, out / "corpus")
+    make_tokenizer(params, out / "corpus", out / "tokenizer")
+    make_tokens(params, out / "corpus", out / "tokenizer", out / "tokens")
+    return out
 
 
 @pytest.fixture

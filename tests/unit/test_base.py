@@ -22,32 +22,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from bwsk.base import load_checkpoint, make_base
-from bwsk.corpus import make_corpus
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file
 from bwsk.params import Params, load_params
 from bwsk.pretrain import corrupt, corruption
 from bwsk.tokenizer import load_tokenizer, make_tokenizer
-from bwsk.tokens import make_tokens
 from tests.unit.hub_stand_in import REVISION, hub
+from tests.unit.study_fixture import DEMO
 
-DEMO = Path(__file__).parents[2] / "demo" / "params.yaml"
 TINY = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 PRETRAIN = {"source": "pretrain", "architecture": TINY, "steps": 30, "batch_size": 4, "input_length": 32, "lr": 5e-3}
 
 
 def study(base: dict[str, object], **sections: object) -> Params:
     return Params.model_validate({**load_params(DEMO).model_dump(), "base": base, **sections})
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("build")
-    params = load_params(DEMO)
-    make_corpus(params, out / "corpus")
-    make_tokenizer(params, out / "corpus", out / "tokenizer")
-    make_tokens(params, out / "corpus", out / "tokenizer", out / "tokens")
-    return out
 
 
 @pytest.fixture(scope="module")

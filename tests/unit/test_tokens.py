@@ -17,7 +17,7 @@ from bwsk.corpus import make_corpus, read_rows
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file
 from bwsk.params import SPLITS, Params, load_params
-from bwsk.tokenizer import load_tokenizer, make_tokenizer
+from bwsk.tokenizer import load_tokenizer
 from bwsk.tokens import (
     blocks,
     count_text,
@@ -30,54 +30,43 @@ from bwsk.tokens import (
     unigram_perplexity,
     windows,
 )
-
-DEMO = Path(__file__).parents[2] / "demo" / "params.yaml"
+from tests.unit.study_fixture import DEMO
 
 
 def study(**sections: dict[str, object]) -> Params:
     return Params.model_validate({**load_params(DEMO).model_dump(), **sections})
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("build")
-    params = load_params(DEMO)
-    make_corpus(params, out / "corpus")
-    make_tokenizer(params, out / "corpus", out / "tokenizer")
-    make_tokens(params, out / "corpus", out / "tokenizer", out / "tokens")
-    return out
-
-
-def test_a_split_is_its_rows_joined_blank_ones_empty_and_tokenised_once(made: Path) -> None:
+def test_a_split_is_its_rows_joined_blank_ones_empty_and_tokenised_once(data: Path) -> None:
     assert join(["", " a\n", " \n", "\t", "b"], "\n\n") == "\n\n a\n\n\n\n\n\n\nb"
-    tokenizer = load_tokenizer(made / "tokenizer")
+    tokenizer = load_tokenizer(data / "tokenizer")
     rows = ["a = b\n", " \n", "\n", "the function\n", "\t"]
     expected = tokenizer("a = b\n\n\n\n\n\n\nthe function\n\n\n", add_special_tokens=False)["input_ids"]
     assert tokenize(tokenizer, rows, "\n\n").tolist() == expected
     # The separator is part of the text.
     assert tokenize(tokenizer, ["a", "b"], "x").tolist() == tokenizer("axb", add_special_tokens=False)["input_ids"]
-    stored = load_tokens(made / "tokens", "validation")
-    again = tokenize(tokenizer, read_rows(made / "corpus", "validation"), "\n\n")
+    stored = load_tokens(data / "tokens", "validation")
+    again = tokenize(tokenizer, read_rows(data / "corpus", "validation"), "\n\n")
     assert stored.tolist() == again.tolist()
     assert 1 not in stored[-5:]  # no </s>
 
 
-def test_tokens_json_describes_the_files(made: Path) -> None:
-    info = read_json(made / "tokens" / "tokens.json")
+def test_tokens_json_describes_the_files(data: Path) -> None:
+    info = read_json(data / "tokens" / "tokens.json")
     assert info["dtype"] == "uint16"
     assert info["vocab_size"] == 1024
-    assert info["tokenizer_sha256"] == sha256_file(made / "tokenizer" / "tokenizer.json")
-    corpus = read_json(made / "corpus" / "corpus.json")["splits"]
+    assert info["tokenizer_sha256"] == sha256_file(data / "tokenizer" / "tokenizer.json")
+    corpus = read_json(data / "corpus" / "corpus.json")["splits"]
     for split in SPLITS:
         entry = info["splits"][split]
-        tokens = load_tokens(made / "tokens", split)
+        tokens = load_tokens(data / "tokens", split)
         assert isinstance(tokens, np.memmap)
         assert tokens.dtype == np.uint16
         assert entry["n_tokens"] == len(tokens)
         assert entry["n_blocks"] == len(tokens) // 64
         assert entry["n_windows"] == sum(start < len(tokens) - 64 for start in range(0, len(tokens), 32))
         assert (entry["rows"], entry["bytes"]) == (corpus[split]["rows"], corpus[split]["bytes"])
-        assert entry["sha256"] == sha256_file(made / "tokens" / f"{split}.npy")
+        assert entry["sha256"] == sha256_file(data / "tokens" / f"{split}.npy")
     assert info["splits"]["train"]["unigram_perplexity"] is None
     assert 100 < info["splits"]["test"]["unigram_perplexity"] < 1024
 
@@ -115,7 +104,7 @@ def test_the_smallest_type_that_holds_the_ids(vocab_size: int, dtype: str) -> No
     assert np.array([vocab_size - 1]).astype(token_dtype(vocab_size))[0] == vocab_size - 1
 
 
-def test_a_split_too_short_says_how_many_tokens_there_are(made: Path, tmp_path: Path) -> None:
+def test_a_split_too_short_says_how_many_tokens_there_are(data: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
     for split in SPLITS:
@@ -123,27 +112,27 @@ def test_a_split_too_short_says_how_many_tokens_there_are(made: Path, tmp_path: 
     params = study(corpus={"source": "directory", "path": str(text)})
     make_corpus(params, tmp_path / "corpus")
     with pytest.raises(BwskError, match=r"corpus, test: \d\d tokens, one window needs more than 64; use a longer text"):
-        make_tokens(params, tmp_path / "corpus", made / "tokenizer", tmp_path / "out")
+        make_tokens(params, tmp_path / "corpus", data / "tokenizer", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
     (text / "train.txt").write_text("the value\n")
     make_corpus(params, tmp_path / "corpus")
     with pytest.raises(BwskError, match=r"corpus, train: \d tokens, one block needs at least 64"):
-        make_tokens(params, tmp_path / "corpus", made / "tokenizer", tmp_path / "out")
+        make_tokens(params, tmp_path / "corpus", data / "tokenizer", tmp_path / "out")
 
 
-def test_a_tokenizer_that_the_step_did_not_make(made: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_the_step_did_not_make(data: Path, tmp_path: Path) -> None:
     from bwsk.tokenizer import _train
 
-    (tmp_path / "spiece.model").write_bytes(_train(read_rows(made / "corpus", "train"), 600))
-    with pytest.raises(BwskError, match=r"has no tokenizer\.json; name what the tokenizer step made"):
-        make_tokens(load_params(DEMO), made / "corpus", tmp_path, tmp_path / "out")
+    (tmp_path / "spiece.model").write_bytes(_train(read_rows(data / "corpus", "train"), 600))
+    with pytest.raises(BwskError, match=r"has no tokenizer\.json; name what the tokenizer step data"):
+        make_tokens(load_params(DEMO), data / "corpus", tmp_path, tmp_path / "out")
 
 
-def test_tampered_tokens_are_refused(made: Path, tmp_path: Path) -> None:
+def test_tampered_tokens_are_refused(data: Path, tmp_path: Path) -> None:
     import shutil
 
     folder = tmp_path / "tokens"
-    shutil.copytree(made / "tokens", folder)
+    shutil.copytree(data / "tokens", folder)
     path = folder / "train.npy"
 
     def refused(message: str) -> None:
@@ -180,28 +169,28 @@ def test_a_tokenizer_with_more_ids_than_the_model() -> None:
         require_vocabulary(32129, 32128, "t5")
 
 
-def test_counts_of_any_text_file(made: Path, tmp_path: Path) -> None:
+def test_counts_of_any_text_file(data: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("the value")
-    counts = count_text(short, made / "tokenizer", "\n\n", 512, 512, 128)
+    counts = count_text(short, data / "tokenizer", "\n\n", 512, 512, 128)
     assert (counts["rows"], counts["bytes"]) == (1, 9)
     assert counts["n_tokens"] > 0
     assert (counts["n_blocks"], counts["n_windows"]) == (0, 0)
     (tmp_path / "empty.txt").write_text("")
-    assert count_text(tmp_path / "empty.txt", made / "tokenizer", "\n\n", 8, 8, 2)["n_tokens"] == 0
+    assert count_text(tmp_path / "empty.txt", data / "tokenizer", "\n\n", 8, 8, 2)["n_tokens"] == 0
 
 
-def test_the_command_counts_like_the_study(made: Path, tmp_path: Path) -> None:
+def test_the_command_counts_like_the_study(data: Path, tmp_path: Path) -> None:
     """The rows of a split, written as a text file, have the counts that the study stored."""
-    rows = read_rows(made / "corpus", "test")
+    rows = read_rows(data / "corpus", "test")
     text = tmp_path / "test.txt"
     text.write_text("".join(rows))
     out = tmp_path / "counts.json"
-    command = [sys.executable, "-m", "bwsk", "tokens", "--text", str(text), "--tokenizer", str(made / "tokenizer")]
+    command = [sys.executable, "-m", "bwsk", "tokens", "--text", str(text), "--tokenizer", str(data / "tokenizer")]
     sizes = ["--block", "64", "--window", "64", "--stride", "32"]
     result = subprocess.run([*command, *sizes, "--json", str(out)], capture_output=True, text=True, check=True)
     counts = json.loads(out.read_text())
-    stored = read_json(made / "tokens" / "tokens.json")["splits"]["test"]
+    stored = read_json(data / "tokens" / "tokens.json")["splits"]["test"]
     for key in ("rows", "bytes", "n_tokens", "n_blocks", "n_windows"):
         assert counts[key] == stored[key]
     assert f"{stored['n_tokens']:,}" in result.stdout
