@@ -124,7 +124,7 @@ def test_a_tokenizer_that_the_step_did_not_make(data: Path, tmp_path: Path) -> N
     from bwsk.tokenizer import _train
 
     (tmp_path / "spiece.model").write_bytes(_train(read_rows(data / "corpus", "train"), 600))
-    with pytest.raises(BwskError, match=r"has no tokenizer\.json; name what the tokenizer step data"):
+    with pytest.raises(BwskError, match=r"has no tokenizer\.json; name what the tokenizer step made"):
         make_tokens(load_params(DEMO), data / "corpus", tmp_path, tmp_path / "out")
 
 
