@@ -195,6 +195,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return ABSENT if value is None else f"{value:,.{digits}f}"
 
 
+def mebibytes(size: float | None) -> str:
+    """A size in MiB without its unit: one decimal below 100, where a whole number would say too little."""
+    return number(size, 1 if size is not None and size < 100 else 0)
+
+
 def percent(share: float | None) -> str:
     """A share as per cent with one decimal; a dash if it is absent."""
     return ABSENT if share is None else f"{100 * share:.1f}%"
@@ -264,9 +269,9 @@ def _table(results: dict[str, Any], init: str) -> Table:
 
 def _memory(figures: dict[str, Any]) -> str:
     if figures["peak_memory_mb"] is not None:
-        return f"{figures['peak_memory_mb']:,.0f} MiB"
+        return f"{mebibytes(figures['peak_memory_mb'])} MiB"
     if figures["predicted_peak_memory_mb"] is not None:
-        return f"{figures['predicted_peak_memory_mb']:,.0f} MiB (predicted) ¹"
+        return f"{mebibytes(figures['predicted_peak_memory_mb'])} MiB (predicted) ¹"
     return f"{ABSENT} ¹"
 
 
@@ -277,7 +282,7 @@ def _claim_value(value: float | None, unit: str) -> str:
         case "%":
             return f"{value:.1f} %".replace("-", "−")
         case "MiB":
-            return f"{value:,.0f} MiB"
+            return f"{mebibytes(value)} MiB"
         case "M":
             return f"{value:.1f} M"
         case "×":

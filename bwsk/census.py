@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from bwsk.counts import Counts
 from bwsk.errors import BwskError
 from bwsk.kinds import identify, leaves
 from bwsk.operators import Subject
 from bwsk.rules import KINDS, Rule, RuleSet
 from bwsk.ruleset_strict import composition
 from bwsk.rulesets import rule_set
-from bwsk.counts import Counts
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from bwsk.counts import Counts
 from bwsk.errors import BwskError
 from bwsk.recorder import BackwardTotals, CudaDropout, Operation, Recorder
 from bwsk.rules import RuleSet
 from bwsk.rulesets import rule_set
-from bwsk.counts import Counts
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

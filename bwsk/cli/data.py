@@ -98,13 +98,11 @@ def base(
 
 def _table(rows: list[tuple[str, dict]]) -> None:
     """A small table of counts per split or file."""
-    from rich.console import Console
-    from rich.table import Table
+    from bwsk.cli.output import console, numbers, table
 
-    table = Table("", "rows", "bytes", "tokens", "blocks", "windows", box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    shown = table("")
+    numbers(shown, "rows", "bytes", "tokens", "blocks", "windows")
     for name, entry in rows:
         counts = (entry[key] for key in ("rows", "bytes", "n_tokens", "n_blocks", "n_windows"))
-        table.add_row(name, *(f"{count:,}" for count in counts))
-    Console(highlight=False).print(table)
+        shown.add_row(name, *(f"{count:,}" for count in counts))
+    console().print(shown)

@@ -79,14 +79,14 @@ def _mark(verdict: str) -> str:
 
 
 def _print_census(source: str, name: str, chosen: Any, other: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
 
-    console = Console(highlight=False)
-    console.print(f"[bold]{name}[/] ({source}), {chosen.total} leaf modules, {chosen.mode} mode")
-    table = Table("rules", title_justify="left")
-    for heading in ("S", "K", "GRAY", "S share", "K share"):
-        table.add_column(heading, justify="right")
+    from bwsk.cli.output import console, numbers, table
+
+    out = console()
+    out.print(f"[bold]{name}[/] ({escape(source)}), {chosen.total} leaf modules, {chosen.mode} mode\n")
+    shown = table("rules")
+    numbers(shown, "S", "K", "GRAY", "S share", "K share")
     for census in (chosen, other):
         style = "bold" if census is chosen else ""
         cells = (
@@ -97,37 +97,36 @@ def _print_census(source: str, name: str, chosen: Any, other: Any) -> None:
             _percent(census.s_ratio),
             _percent(census.k_ratio),
         )
-        table.add_row(*cells, style=style)
-    console.print(table)
+        shown.add_row(*cells, style=style)
+    out.print(shown, "")
 
-    table = Table(title=f"by kind, {chosen.rules} rules", title_justify="left")
-    table.add_column("", no_wrap=True)
-    table.add_column("n", justify="right", no_wrap=True)
+    shown = table("", title=f"by kind, {chosen.rules} rules")
+    numbers(shown, "n")
     for heading in ("kind", "classes", "residue", "reason"):
-        table.add_column(heading, overflow="fold")
+        shown.add_column(heading, overflow="fold")
     for group in chosen.by_kind():
         kind = group["kind"] if group["condition"] in (None, "always") else f"{group['kind']} ({group['condition']})"
         cells = (", ".join(group["classes"]), group["residue"] or "-", group["reason"])
-        table.add_row(_mark(group["verdict"]), str(group["count"]), kind, *cells)
-    console.print(table)
+        shown.add_row(_mark(group["verdict"]), str(group["count"]), kind, *cells)
+    out.print(shown)
 
     differences = chosen.differences(other)
     if differences:
-        table = Table(title=f"where the {other.rules} rules differ", title_justify="left")
-        table.add_column("n", justify="right", no_wrap=True)
+        shown = table(title=f"where the {other.rules} rules differ")
+        numbers(shown, "n")
         for heading in ("kind", "verdict", "because"):
-            table.add_column(heading, overflow="fold")
+            shown.add_column(heading, overflow="fold")
         for d in differences:
             kind = d["kind"] if d["condition"] in (None, "always") else f"{d['kind']} ({d['condition']})"
             change = f"{_mark(d[chosen.rules])} → {_mark(d[other.rules])}"
-            table.add_row(str(d["count"]), kind, change, d["reason"])
-        console.print(table)
+            shown.add_row(str(d["count"]), kind, change, d["reason"])
+        out.print("", shown)
     if chosen.unknown():
-        console.print("GRAY: " + ", ".join(chosen.unknown()[:12]), style="yellow", markup=False)
+        out.print("GRAY: " + ", ".join(chosen.unknown()[:12]), style="yellow", markup=False)
     if chosen.outside:
-        shown = ", ".join(chosen.outside[:3]) + (" ..." if len(chosen.outside) > 3 else "")
-        console.print(
-            f"Not seen: {len(chosen.outside)} parameters outside of leaf modules ({shown}).", style="dim", markup=False
+        named = ", ".join(chosen.outside[:3]) + (" ..." if len(chosen.outside) > 3 else "")
+        out.print(
+            f"Not seen: {len(chosen.outside)} parameters outside of leaf modules ({named}).", style="dim", markup=False
         )
 
 
@@ -177,38 +176,35 @@ def _mib(size: float) -> str:
 
 
 def _print_trace(source: str, result: Any, calm: Any, cuts: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
 
-    console = Console(highlight=False)
+    from bwsk.cli.output import console, numbers, table
+
+    out = console()
     setting = result.setting
     shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in setting["inputs"].items())
     precision = f"{setting['autocast']} autocast" if setting["autocast"] else "no autocast"
-    console.print(
-        f"[bold]{result.model}[/] ({source}), {setting['mode']} step, {precision}, {setting['device']} operators"
-    )
-    console.print(shapes, style="dim")
-    table = Table(title=f"forward operators, {result.rules} rules", title_justify="left")
-    for heading in ("", "n"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    traced = f"{setting['mode']} step, {precision}, {setting['device'].upper()} operators"
+    out.print(f"[bold]{result.model}[/] ({escape(source)}), {traced}")
+    out.print(shapes + "\n", style="dim")
+    shown = table("", title=f"forward operators, {result.rules} rules")
+    shown.add_column("n", justify="right", no_wrap=True, vertical="bottom")
     for heading in ("operator", "kind"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("GFLOP", "MiB moved", "MiB saved"):
-        table.add_column(heading, justify="right")
+        shown.add_column(heading, overflow="fold", vertical="bottom")
+    numbers(shown, "GFLOP", "moved\nMiB", "saved\nMiB")
     for row in result.by_operator():
         mark = _mark(row["verdict"])
         if row["published"] and row["published"] != row["strict"]:
             other = row["published"] if result.rules == "strict" else row["strict"]
             mark += f" [dim]({other})[/]"
         cells = (f"{row['flops'] / 1e9:,.2f}", _mib(row["bytes"]), _mib(row["saved_bytes"]))
-        table.add_row(mark, str(row["count"]), row["operator"].removeprefix("aten::"), row["kind"], *cells)
-    console.print(table)
+        shown.add_row(mark, str(row["count"]), row["operator"].removeprefix("aten::"), row["kind"], *cells)
+    out.print(shown)
     other = "published" if result.rules == "strict" else "strict"
-    console.print(f"In brackets: the verdict of the {other} rules where it differs.", style="dim")
+    out.print(f"In brackets: the verdict of the {other} rules where it differs.\n", style="dim")
 
-    table = Table(show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
+    shown = table("", show_header=False)
+    numbers(shown, "")
     backward = result.backward or {}
     lines = [
         ("S / K / GRAY operations", f"{result.s} / {result.k} / {result.gray} of {result.total}"),
@@ -225,7 +221,7 @@ def _print_trace(source: str, result: Any, calm: Any, cuts: Any) -> None:
         ),
     ]
     for line in lines:
-        table.add_row(*line)
-    console.print(table)
+        shown.add_row(*line)
+    out.print(shown)
     if result.unknown():
-        console.print("GRAY: " + ", ".join(result.unknown()), style="yellow", markup=False)
+        out.print("GRAY: " + ", ".join(result.unknown()), style="yellow", markup=False)

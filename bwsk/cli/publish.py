@@ -64,18 +64,17 @@ def check(
 
     Layout, loading and generating, JSON, card, hashes. Nothing is fetched.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from bwsk import check as checks
-    from bwsk.cli.summary import console
+    from bwsk.cli.output import console, table
     from bwsk.layout import TEMPLATE
     from bwsk.params import load_params
 
     done = checks.verify(load_params(study / "params.yaml"), study, template or TEMPLATE)
     checks.write_checks(done, study)
-    shown = Table("check", "where", "found", header_style="bold", box=SIMPLE_HEAD)
+    shown = table("check")
+    for heading in ("where", "found"):
+        shown.add_column(heading, overflow="fold")
     for one in done:
         shown.add_row(one.what, one.where, one.found)
-    console().print(shown)
+    console().print(shown, "")
     print(f"{len(done)} checks passed")

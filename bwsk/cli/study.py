@@ -73,8 +73,8 @@ def train(
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         raise out_of_memory(params, variant, config, device, free)
     _say(
-        f"{variant}: validation perplexity {results['best_val_metric']:.4g} (step {results['best_step']}), "
-        f"test perplexity {results['test_metric']:.4g}, "
+        f"{variant}: validation perplexity {results['best_val_metric']:,.2f} (step {results['best_step']}), "
+        f"test perplexity {results['test_metric']:,.2f}, "
         f"{results['total_steps']} steps in {results['wall_time_s']:.1f} s"
     )
 

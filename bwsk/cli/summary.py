@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from bwsk.card import number, percent
+from bwsk.card import ABSENT, mebibytes, number, percent
+from bwsk.cli.output import console, numbers, say, table
 
 
 def print_results(collected: dict[str, Any]) -> None:
     """Print the result table, and below it what puts it into proportion."""
     title = f"{collected['study']['title']}: {collected['base']['name']} on {collected['corpus']['name']}"
-    shown = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
-    shown.add_column("variant", no_wrap=True)
-    for name in ("loss", "val ppl", "test ppl", "bits/byte", "peak memory", "step", "epochs"):
-        shown.add_column(name, justify="right")
+    shown = table(title=escape(title))
+    shown.add_column("variant", no_wrap=True, vertical="bottom")
+    numbers(shown, "loss", "val\nppl", "test\nppl", "bits/\nbyte", "peak\nMiB", "step\nms", "epochs")
     previous = None
     for name, figures in collected["variants"].items():
         if previous not in (None, figures["init"]):
@@ -26,7 +23,7 @@ def print_results(collected: dict[str, Any]) -> None:
         previous = figures["init"]
         evaluation = figures["evaluation"]
         peak, predicted = figures["peak_memory_mb"], figures["predicted_peak_memory_mb"]
-        memory = f"{number(peak, 0)} MiB" if peak else f"~{number(predicted, 0)} MiB" if predicted else "—"
+        memory = mebibytes(peak) if peak else f"~{mebibytes(predicted)}" if predicted else ABSENT
         shown.add_row(
             name,
             number(figures["final_train_loss"], 3),
@@ -34,24 +31,21 @@ def print_results(collected: dict[str, Any]) -> None:
             number(evaluation["test"]["published_perplexity"]),
             number(evaluation["test"]["bits_per_byte"], 3),
             memory,
-            f"{number(figures['step_time_ms'], 1)} ms",
+            number(figures["step_time_ms"], 1),
             str(figures["epochs_completed"]),
         )
-    console().print(shown)
+    out = console()
+    out.print(shown, "")
+    if any(figures["peak_memory_mb"] is None for figures in collected["variants"].values()):
+        say(out, "~: predicted, not measured; the peak of a training step in CUDA's accounting")
     for init, saving in collected["memory_saving"].items():
         for kind, share in saving.items():
             if share is not None:
-                print(f"memory saved by bwsk-reversible, {init}: {percent(share)} ({kind})")
+                say(out, f"memory saved by bwsk-reversible, {init}: {percent(share)} ({kind})")
     census, unigram = collected["census"], collected["tokens"]["splits"]["test"]["unigram_perplexity"]
-    print(f"S/K census: {census['s']} S, {census['k']} K of {census['total']} leaf modules")
-    print(f"for scale: a unigram model of the training text has a test perplexity of {number(unigram, 1)} per token")
+    say(out, f"S/K census: {census['s']} S, {census['k']} K of {census['total']} leaf modules")
+    say(out, f"for scale: a unigram model of the training text has a test perplexity of {number(unigram, 1)} per token")
     verdicts = [claim["verdict"] for claim in collected["claims"]]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
     reason = next((claim["reason"] for claim in collected["claims"] if claim["verdict"] == "not comparable"), None)
-    print(f"published claims: {counts}{f' ({reason})' if reason else ''}")
-
-
-def console() -> Console:
-    """Standard output; in a log, where rich would assume 80 columns, wide enough for the tables."""
-    found = Console()
-    return found if found.is_terminal else Console(width=130)
+    say(out, f"published claims: {counts}{f' ({reason})' if reason else ''}")

@@ -16,12 +16,14 @@ _HERE = Path()
 @app.command(rich_help_panel=LOOK)
 def show(study: Study = _HERE) -> None:
     """Print a study's results and the verdicts on the published claims."""
+    from bwsk.cli.output import console, say
     from bwsk.cli.summary import print_results
     from bwsk.results import read_results
 
     print_results(read_results(study))
     path = study / "results" / "README.md"
-    print(f"model card: {path}" if path.is_file() else f"model card: not written yet; run: bwsk card {study}")
+    found = str(path) if path.is_file() else f"not written yet; run: bwsk card {study}"
+    say(console(), f"model card: {found}")
 
 
 @app.command(rich_help_panel=LOOK)

@@ -62,7 +62,7 @@ def compare(
 
     A table of parameters, figures, verdicts and weights.
     """
-    from bwsk.cli.summary import console
+    from bwsk.cli.output import console
     from bwsk.compare import changes, load_side, table
 
     found = changes(load_side(a, study), load_side(b, study))
