@@ -28,3 +28,5 @@ rule all:
         "results/README.md",
         "build/analysis/operations.json",
         "build/check.json",
+    message:
+        f"The model repository is {STUDY / 'results'}, its card README.md"

@@ -329,7 +329,8 @@ _PAGE = """<!doctype html>
 <style>
 body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
-th, td { border: 1px solid #d0d7de; padding: .35rem .7rem; text-align: left; } tr:nth-child(2n) { background: #f6f8fa; }
+th, td { border: 1px solid #d0d7de; padding: .35rem .7rem; text-align: left; font-variant-numeric: tabular-nums; }
+body > table td:first-child { white-space: nowrap; } tr:nth-child(2n) { background: #f6f8fa; }
 pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; } code { font-size: 85%; } img { max-width: 100%; }
 blockquote { border-left: .25rem solid #d29922; margin: 1rem 0; padding: .1rem 1rem; background: #fff8e5; }
 </style>

@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from bwsk.files import atomic_directory
 from bwsk.layout import FIGURES
@@ -100,13 +100,13 @@ def _curves(trainings: dict[str, dict[str, Any]], steps: str, values: str, label
 
 
 def _log_scale(axes: Axes) -> None:
-    """Logarithmic, with plain numbers at 1, 2 and 5 of each decade (1,2,3,… if the range is within one)."""
+    """Logarithmic, with plain numbers at 1, 2 and 5 of each decade, or at a few round ones if the range is small."""
     low, high = axes.get_ylim()
     axes.set_yscale("log")
     narrow = high / max(low, 1e-9) < 8
-    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=range(1, 10) if narrow else (1, 2, 5), numticks=12))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)) if narrow else LogLocator(subs=(1, 2, 5), numticks=12))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.get_major_formatter().set_scientific(False)
 
 
@@ -127,12 +127,14 @@ def _cost(results: dict[str, Any]) -> Figure:
     if key is not None:
         memory = axes[0][0]
         memory.set_title(f"Peak memory of a training step ({kind})")
-        _bars(memory, variants, key, "MiB", "{:,.0f}")
+        small = max(figures[key] for figures in variants.values()) < 100
+        text = "{:,.1f}" if small else "{:,.0f}"
+        _bars(memory, variants, key, "MiB", text)
         # float32 weights, their gradients and AdamW's two moments: no activation trick gets below.
         floor = 4 * 4 * results["base"]["parameters"] / _MIB
         outline = [withStroke(linewidth=2.6, foreground="white")]
         memory.axhline(floor, color="#333333", linewidth=1.0, linestyle=(0, (4, 3)), path_effects=outline)
-        memory.set_xlabel(f"dashed: weights, gradients and optimizer alone ({floor:,.0f} MiB)", fontsize=8)
+        memory.set_xlabel(f"dashed: weights, gradients and optimizer alone ({text.format(floor)} MiB)", fontsize=8)
     time.set_title("Median time of a training step")
     _bars(time, variants, "step_time_ms", "ms", "{:,.1f}")
     _legend(picture, time)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"S": "#009E73", "K": "#D55E00", "GRAY": "#999999"}  # Okabe and Ito's palette
 _KINDS = 12  # rows beyond these are drawn as "other"
+_LEAST = 0.25  # share of a cell that its number needs to be read
 
 
 def draw_modules(censuses: Mapping[str, Census], path: Path) -> None:
@@ -61,12 +62,13 @@ def _caption(census: Census) -> str:
 
 
 def _cell(panel: Any, x: int, y: int, counts: Counter[str]) -> None:
-    total, left = sum(counts.values()), x - 0.45
+    shares = {verdict: max(count / counts.total(), _LEAST) for verdict, count in counts.items() if count}
+    left = x - 0.45
     for verdict, colour in COLOURS.items():
-        if counts[verdict]:
-            size = 0.9 * counts[verdict] / total
+        if verdict in shares:
+            size = 0.9 * shares[verdict] / sum(shares.values())
             panel.barh(y, size, 0.82, left=left, color=colour, edgecolor="white", linewidth=0.6)
-            panel.text(left + size / 2, y, f"{counts[verdict]}{verdict[0]}" if size > 0.3 else f"{counts[verdict]}",
+            panel.text(left + size / 2, y, f"{counts[verdict]}{verdict[0]}" if size > 0.25 else f"{counts[verdict]}",
                        ha="center", va="center", color="white", fontsize=6.5)  # fmt: skip
             left += size
 
@@ -88,6 +90,7 @@ def draw_barriers(trace: Trace, calm: Calm, path: Path) -> None:
     levels = range(len(calm.crossing_bytes))
     above.step(levels, [b / 2**20 for b in calm.crossing_bytes], where="mid", color="#0072B2", linewidth=1.2)
     above.set_yscale("log")
+    above.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     above.set_ylabel("crossing, MiB", fontsize=8)
     counts = {"S": Counter[int](), "K": Counter[int]()}
     for op in trace.data:
@@ -96,9 +99,13 @@ def draw_barriers(trace: Trace, calm: Calm, path: Path) -> None:
     below.bar(every, [counts["S"][i] for i in every], 1.0, color=COLOURS["S"], label="S")
     below.bar(every, [-counts["K"][i] for i in every], 1.0, color=COLOURS["K"], label="K")
     below.axhline(0, color="black", linewidth=0.5)
-    below.set_ylabel("operations", fontsize=8)
+    below.set_yscale("symlog", linthresh=1)  # a level holds up to hundreds of S operations, but few K
+    highest = max(counts["S"].values(), default=1)
+    below.set_yticks([-1, 0, *(t for t in (1, 10, 100) if t <= highest)])
+    below.yaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
+    below.set_ylabel("operations (log)", fontsize=8)
     below.set_xlabel("level: barriers passed before", fontsize=8)
-    below.legend(fontsize=7, frameon=False, ncols=2, loc="upper right")
+    below.legend(fontsize=7, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.95), borderpad=0)
     for panel in (above, below):
         panel.tick_params(labelsize=7)
         for side in ("top", "right"):

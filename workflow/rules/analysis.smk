@@ -36,6 +36,7 @@ rule trace:
             "build/analysis/barriers.svg",
             caption="../report/barriers.rst",
             category="2 Figures",
+            labels={"what": "What crosses the barriers"},
         ),
     log:
         "build/logs/trace.log",

@@ -1,5 +1,6 @@
 # What all rules share: the validated parameters, the variants, and the identity of a step.
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,6 +35,8 @@ if config != yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8-sig"))
     raise WorkflowError("params.yaml: differs from the config given on the command line; change the file instead")
 validate(config, "../schemas/params.schema.json", set_default=False)
 
+# The study as seen from the user's shell, for paths in messages: Snakemake itself has changed to the study by now.
+STUDY = Path(os.path.relpath(Path.cwd(), os.environ.get("PWD")))
 VARIANTS = PARAMS.variant_names
 SPLITS = ["train", "validation", "test"]
 
@@ -88,4 +91,4 @@ onstart:
 
 
 onerror:
-    print("bwsk: a step failed; its log is shown above and lies in build/logs/", file=sys.stderr)
+    print(f"bwsk: a step failed; its log is shown above and lies in {STUDY / 'build/logs'}", file=sys.stderr)

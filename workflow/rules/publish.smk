@@ -10,6 +10,10 @@ localrules:
 from bwsk.files import sha256_file
 from bwsk.layout import FIGURES, TEMPLATE, VARIANT as VARIANT_FILES
 
+FIGURE_LABELS = dict(
+    zip(FIGURES, ("Training loss", "Validation perplexity", "Memory and time of a training step"), strict=True)
+)
+
 
 rule results:
     input:
@@ -54,11 +58,15 @@ rule card:
             category="1 Results",
             labels={"what": "Model card"},
         ),
-        figures=report(
-            collect("results/figures/{file}", file=FIGURES),
-            caption="../report/figures.rst",
-            category="2 Figures",
-        ),
+        figures=[
+            report(
+                f"results/figures/{file}",
+                caption="../report/figures.rst",
+                category="2 Figures",
+                labels={"what": what},
+            )
+            for file, what in FIGURE_LABELS.items()
+        ],
     log:
         "build/logs/card.log",
     benchmark:
