@@ -195,9 +195,9 @@ def number(value: float | None, digits: int = 2) -> str:
     return ABSENT if value is None else f"{value:,.{digits}f}"
 
 
-def mebibytes(size: float | None) -> str:
-    """A size in MiB without its unit: one decimal below 100, where a whole number would say too little."""
-    return number(size, 1 if size is not None and size < 100 else 0)
+def compact(value: float | None) -> str:
+    """A size or a time without its unit: one decimal below 100, where a whole number would say too little."""
+    return number(value, 1 if value is not None and value < 100 else 0)
 
 
 def percent(share: float | None) -> str:
@@ -269,9 +269,9 @@ def _table(results: dict[str, Any], init: str) -> Table:
 
 def _memory(figures: dict[str, Any]) -> str:
     if figures["peak_memory_mb"] is not None:
-        return f"{mebibytes(figures['peak_memory_mb'])} MiB"
+        return f"{compact(figures['peak_memory_mb'])} MiB"
     if figures["predicted_peak_memory_mb"] is not None:
-        return f"{mebibytes(figures['predicted_peak_memory_mb'])} MiB (predicted) ¹"
+        return f"{compact(figures['predicted_peak_memory_mb'])} MiB (predicted) ¹"
     return f"{ABSENT} ¹"
 
 
@@ -282,7 +282,7 @@ def _claim_value(value: float | None, unit: str) -> str:
         case "%":
             return f"{value:.1f} %".replace("-", "−")
         case "MiB":
-            return f"{mebibytes(value)} MiB"
+            return f"{compact(value)} MiB"
         case "M":
             return f"{value:.1f} M"
         case "×":

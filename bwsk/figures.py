@@ -104,7 +104,9 @@ def _log_scale(axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.set_yscale("log")
     narrow = high / max(low, 1e-9) < 8
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)) if narrow else LogLocator(subs=(1, 2, 5), numticks=12))
+    axes.yaxis.set_major_locator(
+        MaxNLocator(6, steps=(1, 2, 5, 10)) if narrow else LogLocator(subs=(1, 2, 5), numticks=12)
+    )
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.get_major_formatter().set_scientific(False)

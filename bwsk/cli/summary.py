@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from bwsk.card import ABSENT, mebibytes, number, percent
+from bwsk.card import ABSENT, compact, number, percent
 from bwsk.cli.output import console, numbers, say, table
 
 
@@ -23,7 +23,7 @@ def print_results(collected: dict[str, Any]) -> None:
         previous = figures["init"]
         evaluation = figures["evaluation"]
         peak, predicted = figures["peak_memory_mb"], figures["predicted_peak_memory_mb"]
-        memory = mebibytes(peak) if peak else f"~{mebibytes(predicted)}" if predicted else ABSENT
+        memory = compact(peak) if peak else f"~{compact(predicted)}" if predicted else ABSENT
         shown.add_row(
             name,
             number(figures["final_train_loss"], 3),
@@ -31,7 +31,7 @@ def print_results(collected: dict[str, Any]) -> None:
             number(evaluation["test"]["published_perplexity"]),
             number(evaluation["test"]["bits_per_byte"], 3),
             memory,
-            number(figures["step_time_ms"], 1),
+            compact(figures["step_time_ms"]),
             str(figures["epochs_completed"]),
         )
     out = console()

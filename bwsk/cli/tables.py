@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bwsk.card import mebibytes
+from bwsk.card import number
 from bwsk.cli.output import console, numbers, say, table
 from bwsk.memory import Prediction
 from bwsk.reversible.plan import MIB, Plan, Row
@@ -20,7 +20,7 @@ _KINDS = {
 
 def memory_table(source: str, found: Prediction, limit: float | None, largest: int | None) -> None:
     """Print a prediction, and the answer to "does it fit"."""
-    out = console()
+    out, digits = console(), _digits(found.peak_mib)
     lengths = f"{found.input_length}" + (f" + {found.target_length}" if found.target_length else "")
     mode = found.mode + (f" ({found.budget})" if found.budget else "")
     say(out, f"{source}: {mode}, {found.precision}, AdamW {found.optimizer}, {found.attention} attention")
@@ -28,10 +28,10 @@ def memory_table(source: str, found: Prediction, limit: float | None, largest: i
     shown = table("predicted")
     numbers(shown, "MiB")
     for name, size in found.phases.items():
-        shown.add_row(f"peak in {name}", mebibytes(size))
-    shown.add_row("[bold]peak[/bold]", f"[bold]{mebibytes(found.peak_mib)}[/bold]")
+        shown.add_row(f"peak in {name}", number(size, digits))
+    shown.add_row("[bold]peak[/bold]", f"[bold]{number(found.peak_mib, digits)}[/bold]")
     for kind, size in found.kinds.items():
-        shown.add_row(f"  {_KINDS[kind]}", mebibytes(size))
+        shown.add_row(f"  {_KINDS[kind]}", number(size, digits))
     out.print(shown)
     say(out, "\nNot in it: the CUDA context and cuBLAS workspaces (20 to 70 MiB by GPU), fragmentation.")
     if limit is not None:
@@ -44,7 +44,7 @@ def plan_tables(
     config: Any, plan: Plan, curve: list[Plan], shape: tuple[int, int, int], precision: str, full: bool
 ) -> None:
     """Print a plan's operations, its totals and the trade-off curve."""
-    out = console()
+    out, digits = console(), _digits(plan.peak / MIB)
     batch, ins, outs = shape
     lengths = f"{ins} + {outs}" if getattr(config, "is_encoder_decoder", False) else f"{ins}"
     say(out, f"{config.model_type}, budget {plan.budget.name}: batch {batch} × {lengths} tokens, {precision}")
@@ -61,7 +61,7 @@ def plan_tables(
             kept = f"{row.kept / 1024:,.0f}" if row.kept >= 512 else "<1" if row.kept else ""
             shown.add_row(f"  {row.operation}", row.verdict, row.action, kept, flops)
     out.print(shown)
-    say(out, f"\nkept {mebibytes(plan.kept / MIB)} MiB, predicted peak {mebibytes(plan.peak / MIB)} MiB")
+    say(out, f"\nkept {number(plan.kept / MIB, digits)} MiB, predicted peak {number(plan.peak / MIB, digits)} MiB")
     say(out, f"redone {plan.extra_flops / 1e9:,.1f} GFLOP, {plan.overhead:+.1%} of a step\n")
     shown = table(title="trade-off (predicted)")
     numbers(shown, "peak\nMiB", "kept\nMiB", "extra\nFLOPs")
@@ -69,8 +69,14 @@ def plan_tables(
     low, high = min(p.peak for p in curve), max(p.peak for p in curve)
     for point in curve:
         bar = "▇" * round(1 + 29 * (point.peak - low) / max(high - low, 1))
-        shown.add_row(mebibytes(point.peak / MIB), mebibytes(point.kept / MIB), f"{point.overhead:+.1%}", bar)
+        sizes = (number(size / MIB, digits) for size in (point.peak, point.kept))
+        shown.add_row(*sizes, f"{point.overhead:+.1%}", bar)
     out.print(shown)
+
+
+def _digits(peak: float) -> int:
+    """Decimals of all sizes in MiB of a table: those of a small model would be nothing but zeros without."""
+    return 1 if peak < 100 else 0
 
 
 def _groups(rows: list[Row], full: bool) -> list[tuple[str, list[Row]]]:

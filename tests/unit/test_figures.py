@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import pyplot as plt
 from matplotlib.image import imread
 
-from bwsk.figures import draw
+from bwsk.figures import _log_scale, draw
 from bwsk.files import read_json
 from bwsk.layout import FIGURES
 from bwsk.params import Params
@@ -76,3 +77,20 @@ def test_a_study_of_one_variant_and_a_long_one_can_be_drawn(study: Path, params:
     long = {**record, "train_loss_steps": steps, "train_loss_curve": [3 + 100 / step for step in steps]}
     draw(published_results(alone), {"scratch-conventional": long}, tmp_path / "long")
     assert (tmp_path / "long/loss.png").stat().st_size <= 150_000
+
+
+def test_a_perplexity_of_any_range_has_plain_ticks() -> None:
+    for low, high in ((94.0, 137.0), (20.1, 20.9), (30.0, 700.0), (25.0, 32_000.0)):
+        picture, axes = plt.subplots()
+        axes.plot([1, 2], [high, low])
+        _log_scale(axes)
+        picture.canvas.draw()
+        bottom, top = axes.get_ylim()
+        labels = [
+            label.get_text()
+            for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+            if bottom <= tick <= top
+        ]
+        plt.close(picture)
+        assert 3 <= len(labels) <= 12, (low, high, labels)
+        assert not any("$" in label or "e" in label or not label for label in labels), labels

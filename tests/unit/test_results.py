@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from bwsk.cli import summary
 from bwsk.errors import BwskError
 from bwsk.files import read_json, write_json
 from bwsk.params import Params, load_params
@@ -229,3 +232,15 @@ def test_the_command_writes_prints_and_fails_with_one_line(editable: Path) -> No
     assert failed.returncode == 1
     assert failed.stderr.startswith(f"bwsk: error: results/{VARIANT}: stale")
     assert len(failed.stderr.splitlines()) == 1
+
+
+def test_the_table_fits_80_columns_with_every_number_whole(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = read_results(study)
+    for figures in results["variants"].values():  # as wide as those of a real study get
+        figures |= {"peak_memory_mb": None, "predicted_peak_memory_mb": 12_345.6, "step_time_ms": 1234.5}
+    shown = Console(file=io.StringIO(), width=80)
+    monkeypatch.setattr(summary, "console", lambda: shown)
+    summary.print_results(results)
+    text = shown.file.getvalue()
+    assert "…" not in text
+    assert text.count("~12,346  1,234") == 6
