@@ -385,6 +385,8 @@ PUBLISHING: list[Bad] = [
     Bad("classify a text", put("c.json", "x"), "classify c.json", "c.json"),
     Bad("classify nowhere", lambda: None, "classify ./nowhere", "nowhere"),
     Bad("memory of no batch", lambda: None, "memory build/base/config.json --batch 0", "batch: must be"),
+    Bad("plan of no batch", lambda: None, "plan build/base/config.json --batch -1", "batch: must be"),
+    Bad("plan of no target", lambda: None, "plan build/base/config.json --target 0", "target: must be"),
     Bad("budget unknown", lambda: None, "plan build/base/config.json --budget tiny", "budget: found 'tiny'"),
     Bad("evaluate no text", lambda: None, "evaluate results/finetune-conventional --text no.txt --gpus 0", "no.txt"),
 ]
