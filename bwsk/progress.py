@@ -88,19 +88,30 @@ class _TerminalBar(Bar):
         super().__init__(total, description, unit, start, file)
         from rich.console import Console
         from rich.markup import escape
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            RenderableColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.table import Column
+        from rich.text import Text
 
-        # The details of a long line are cut at the window's edge: a bar that wraps is redrawn as garbage.
-        details = TextColumn("{task.fields[details]}", markup=False)
+        console = Console(file=file)
+        # In a narrow window the details alone are cut, at its edge: the only column that may be made narrower, of a
+        # text that does not wrap (a bar of two lines is redrawn as garbage).
+        self._details = Text("", no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            details,
-            console=Console(file=file),
+            BarColumn(bar_width=24 if console.width >= 120 else 10, table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            RenderableColumn(self._details),
+            console=console,
         )
-        self._task = self._progress.add_task(escape(description), total=total, completed=start, details="")
+        self._task = self._progress.add_task(escape(description), total=total, completed=start)
         self._progress.start()
 
     def say(self, text: str) -> None:
@@ -109,7 +120,8 @@ class _TerminalBar(Bar):
     def _show(self) -> None:
         # rich redraws from a thread of its own, ten times a second: updating the numbers is cheap.
         pace = self._pace()[:1]
-        self._progress.update(self._task, completed=self.done, details="  ".join([*_shown(self.fields), *pace]))
+        self._details.plain = "  ".join([*_shown(self.fields), *pace])
+        self._progress.update(self._task, completed=self.done)
 
     def _close(self, finished: bool) -> None:
         self._progress.stop()

@@ -76,18 +76,10 @@ def test_unknown_total_and_events() -> None:
     assert "ETA" not in lines[0]
 
 
-def test_a_terminal_gets_a_bar_with_description_count_and_fields() -> None:
-    script = textwrap.dedent(
-        """
-        from bwsk.progress import progress
-        with progress(3, "train [demo]", unit="step") as bar:
-            for _ in range(3):
-                bar.advance(1, loss=1.5, tokens="9/s")
-            bar.say("saved [x]")
-        """
-    )
+def on_a_terminal(script: str, columns: int) -> str:
+    """Everything that a script writes to standard error when that is a terminal of this width."""
     master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "140"}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns)}
     environment.pop("FORCE_COLOR", None)
     process = subprocess.Popen([sys.executable, "-c", script], stderr=slave, stdout=subprocess.PIPE, env=environment)
     os.close(slave)
@@ -105,10 +97,38 @@ def test_a_terminal_gets_a_bar_with_description_count_and_fields() -> None:
     assert process.stdout.read() == b""
     process.stdout.close()
     assert process.wait() == 0
-    text = seen.decode()
+    return seen.decode()
+
+
+def test_a_terminal_gets_a_bar_with_description_count_and_fields() -> None:
+    script = textwrap.dedent(
+        """
+        from bwsk.progress import progress
+        with progress(3, "train [demo]", unit="step") as bar:
+            for _ in range(3):
+                bar.advance(1, loss=1.5, tokens="9/s")
+            bar.say("saved [x]")
+        """
+    )
+    text = on_a_terminal(script, 140)
     for part in ("train [demo]", "3/3", "loss 1.5", "tokens 9/s", "saved [x]"):
         assert part in text
     assert "\x1b[" in text  # redrawn in place
+
+
+def test_a_narrow_terminal_cuts_the_details_and_keeps_bar_count_and_time() -> None:
+    script = (
+        "from bwsk.progress import progress\n"
+        "with progress(1026, 'train finetune-bwsk-reversible') as bar:\n"
+        "    bar.advance(500, loss=4.957, validation='done', perplexity=94.77)\n"
+    )
+    lines = on_a_terminal(script, 80).splitlines()
+    drawn = next(line for line in reversed(lines) if "500/1026" in line)
+    assert "━" in drawn
+    assert "-:--:--" in drawn  # one update is no rate yet
+    assert "loss 4.957" in drawn
+    assert "…" in drawn
+    assert "perplexity" not in drawn
 
 
 def test_the_same_script_in_a_pipe_writes_no_escape_sequences() -> None:
