@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,12 +14,12 @@ class Judged(Protocol):
     def verdict(self) -> str: ...
 
 
-class Counts:
+class Counts(ABC):
     """Numbers and shares (0 to 1; None where there is nothing to count) over what `_judged` returns."""
 
+    @abstractmethod
     def _judged(self) -> Sequence[Judged]:
         """The items that count."""
-        raise NotImplementedError
 
     def _count(self, verdict: str) -> int:
         return sum(item.verdict == verdict for item in self._judged())
