@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from bwsk.errors import BwskError
-from bwsk.memory_step import fake_step, require_one_of
+from bwsk.memory_step import MIB, fake_step, require_one_of, stock_peak
 from bwsk.reversible import make_reversible
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def predict_memory(
     named = None if budget is None else str(budget)
     step = (model, batch, input_length, target_length, precision, attention)
     if isinstance(budget, float) and 0.0 < budget <= 1.0:
-        budget = f"{budget * max(fake_step(*step).summary('fused')[0].values()):.3f}MiB"
+        # As `make_reversible` takes it, which could not ask within the fake step.
+        budget = f"{budget * stock_peak(model, step[1:4], precision, attention) / MIB:.3f}MiB"
 
     def prepare(fake: nn.Module, targets: int | None) -> None:
         if mode == "checkpoint":
@@ -151,13 +152,11 @@ def out_of_memory(params: Params, variant: str, model: Any, device: torch.device
     `model`: a model or its config, which is only read. `free`: `free_memory` as it was before the run began; what a
     failed run has given back cannot be seen from within its process.
     """
-    train, half = params.train, params.tokens.block // 2
+    train = params.train
     reversible = variant.endswith("bwsk-reversible")
     step: dict[str, Any] = {
-        "input_length": half,
-        "target_length": half,
+        **params.step,
         "mode": "reversible" if reversible else "conventional",
-        "precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[train.precision],
         "budget": train.budget if reversible else None,
         "optimizer": "fused",
     }

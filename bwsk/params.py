@@ -8,6 +8,7 @@ impossible values are errors of one line that name the key, what was found and w
 
 from __future__ import annotations
 
+import math
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args
 
@@ -30,6 +31,17 @@ def _is_plain_path(path: str) -> str:
     if "\0" in path or not path.strip():
         raise ValueError("must be a path")
     return path
+
+
+def _is_no_quoted_number(budget: str | float) -> str | float:
+    """A fraction has one spelling, by which the engines agree whether it has changed."""
+    try:
+        text = isinstance(budget, str) and math.isfinite(float(budget))
+    except ValueError:
+        text = False
+    if text:
+        raise ValueError("must be a number without quotes (YAML reads 3e-1 as a text: 3.0e-1)")
+    return budget
 
 
 PathText = Annotated[str, AfterValidator(_is_plain_path)]
@@ -169,7 +181,9 @@ class TrainParams(_Section):
     patience: Positive = Field(default=3, description="Validations in a row without a new best before stopping.")
     checkpoint_every: Positive = Field(default=500, description="Steps between checkpoints.")
     log_every: Positive = Field(default=50, description="Steps per point of the loss curve.")
-    budget: str | float = Field(default="fast", description="Memory budget of the reversible engine.")
+    budget: Annotated[str | float, AfterValidator(_is_no_quoted_number)] = Field(
+        default="fast", description="Memory budget of the reversible engine."
+    )
     deterministic: bool = Field(default=True, description="Deterministic kernels; same inputs, same bytes.")
     tf32: bool = Field(default=False, description="Allow TF32 matrix products on CUDA in float32.")
     threads: Positive = Field(default=2, description="CPU threads; part of the identity, bits depend on it.")
@@ -226,6 +240,13 @@ class Params(_Section):
                 return self.base.id or PurePosixPath(self.base.path).name
             case PretrainedBase():
                 return "a small T5 pretrained within the study"
+
+    @property
+    def step(self) -> dict[str, Any]:
+        """The shape of a training step, as `make_reversible` and `predict_memory` take it; its batch apart."""
+        short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[self.train.precision]
+        half = self.tokens.block // 2
+        return {"input_length": half, "target_length": half, "precision": short}
 
     def split_variant(self, variant: str) -> tuple[Init, Mode]:
         """`finetune-bwsk-analyzed` -> (`finetune`, `bwsk-analyzed`); BwskError if the study has no such variant."""

@@ -163,7 +163,7 @@ class Run:
         if self.mode == "bwsk-reversible":
             from bwsk.reversible import make_reversible
 
-            self.reversible = make_reversible(self.model, budget=train.budget)
+            self.reversible = make_reversible(self.model, train.budget, batch=train.batch_size, **params.step)
         self.optimizer = make_optimizer(self.model, train, self._lr(0))
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
         self.train_step = make_step(

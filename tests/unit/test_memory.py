@@ -140,6 +140,18 @@ def test_refusals(tiny, changes, words):
         predict_memory(object(), batch=2, input_length=8)
 
 
+def test_a_fraction_is_the_one_that_make_reversible_plans_with(tiny):
+    """Of the step with AdamW foreach; where the optimizer is the peak, that of the fused one is another."""
+    step = {"batch": 2, "input_length": 8}
+    stock = predict_memory(tiny, **step).peak_mib
+    fraction, size = (
+        predict_memory(tiny, mode="reversible", budget=budget, **step) for budget in (0.9, f"{0.9 * stock:.3f}MiB")
+    )
+    assert fraction.peak_mib == size.peak_mib
+    # The file names the budget, also where the plan is the same: DVC retrains by its bytes.
+    assert {**fraction.to_json(), "budget": size.budget} == size.to_json() != fraction.to_json()
+
+
 def test_commands_write_what_they_print(tmp_path, tiny):
     from bwsk.cli import memory  # noqa: F401  registers the commands
     from bwsk.cli.app import app

@@ -67,6 +67,27 @@ def test_modes_of_an_init_give_the_same_weights_and_curves(study: Path, tmp_path
     assert [entry["step"] for entry in results["bwsk-analyzed"]["erasure_curve"]] == [4, 8, 12]
 
 
+@pytest.mark.parametrize("budget", [0.9, "200MiB", "max"])
+def test_any_budget_gives_the_same_weights(study: Path, tmp_path: Path, budget: float | str) -> None:
+    variants = ("scratch-conventional", "scratch-bwsk-reversible")
+    results = [trained(study, write_params(study, budget=budget), name, tmp_path) for name in variants]
+    assert len({result["provenance"]["weights_sha256"] for result in results}) == 1
+
+
+def test_what_is_trained_is_what_was_predicted(study: Path, tmp_path: Path) -> None:
+    """The plan is that of the study's own batch, lengths and precision, as in the prediction of its memory."""
+    from bwsk.reversible.handle import plan_of
+
+    for train in ({"budget": 0.9}, {"precision": "bfloat16", "budget": "balanced"}):
+        params = write_params(study, **train)
+        run = Run(params, "scratch-bwsk-reversible", inputs(study), tmp_path, CPU, lambda text: None)
+        precision = {"bfloat16": "bf16"}.get(params.train.precision, "fp32")
+        assert (
+            run.reversible.plan.to_json()
+            == plan_of(run.model.config, params.train.budget, (4, 16, 16), precision).to_json()
+        )
+
+
 def test_inits_differ_and_training_lowers_the_loss(study: Path, tmp_path: Path) -> None:
     params = write_params(study, max_steps=60, lr_scratch=3.0e-3, lr_finetune=3.0e-3)
     scratch = trained(study, params, "scratch-conventional", tmp_path)
