@@ -79,12 +79,7 @@ class _Graph:
         made = ["build/corpus", "build/tokens", "build/base", census, *trained, *evaluated]
         tokenizer_from = ["build/corpus"] if params.tokenizer.source == "train" else self._local(params.tokenizer)
         base_from = ["build/tokens"] if params.base.source == "pretrain" else self._local(params.base)
-        engines = list(
-            dict.fromkeys("reversible" if m == "bwsk-reversible" else "conventional" for m in params.variants.modes)
-        )
-        # A matrix has the same dependencies for all variants, so these depend on both engines' predictions.
-        predictions = [f"build/analysis/memory-{engine}.json" for engine in engines]
-        variant = "${item.init}-${item.mode}"
+        variant, prediction = "${item.init}-${item.mode}", "build/analysis/memory-${item.mode}.json"
         return {
             "corpus": self._stage(
                 "corpus",
@@ -123,22 +118,12 @@ class _Graph:
                 outs=["build/analysis/operations.json", "build/analysis/barriers.svg"],
                 params=["train.batch_size", "tokens.block"],
             ),
-            "memory": {
-                "matrix": {"engine": engines},
-                **self._stage(
-                    "predict_memory",
-                    "build/analysis/memory-${item.engine}.json",
-                    step="memory",
-                    deps=["build/base/config.json"],
-                    outs=["build/analysis/memory-${item.engine}.json"],
-                    params=["train.batch_size", "tokens.block", "train.precision", "train.budget"],
-                ),
-            },
+            **{f"memory-{mode}": self._memory(mode) for mode in params.variants.modes},
             "train": self._matrix(
                 self._stage(
                     "train",
                     f"results/{variant}/model.safetensors",
-                    deps=["build/tokens", "build/tokenizer", "build/base", census, *predictions],
+                    deps=["build/tokens", "build/tokenizer", "build/base", census, prediction],
                     outs=[f"results/{variant}", f"build/curves/{variant}"],
                     params=["seed", *self._train_params(), "evaluate"],
                 )
@@ -209,6 +194,19 @@ class _Graph:
         }
         return {key: value for key, value in stage.items() if value}
 
+    def _memory(self, mode: str) -> dict[str, Any]:
+        """A stage of its own for each mode, no matrix: that of bwsk-reversible alone reads the budget."""
+        target = f"build/analysis/memory-{mode}.json"
+        budget = ["train.budget"] if mode == "bwsk-reversible" else []
+        return self._stage(
+            "predict_memory",
+            target,
+            step="memory",
+            deps=["build/base/config.json"],
+            outs=[target],
+            params=["train.batch_size", "tokens.block", "train.precision", *budget],
+        )
+
     @staticmethod
     def _local(section: Any) -> list[str]:
         """The local directory that a section of params.yaml names, if it does."""
@@ -224,8 +222,12 @@ class _Graph:
         return {"matrix": matrix, **stage}
 
     def _train_params(self) -> list[str]:
-        """A variant reads its own learning rate; every other key of `train` is read by all."""
-        names = [f"train.{name}" for name in TrainParams.model_fields]
+        """A variant reads its own learning rate; every other key of `train` but the budget is read by all.
+
+        A matrix has one list of parameters for all variants, so the budget reaches those that read it through their
+        mode's memory prediction, which repeats it.
+        """
+        names = [f"train.{name}" for name in TrainParams.model_fields if name != "budget"]
         rates = [f"train.lr_{init}" for init in self.params.variants.inits]
         if all(self._is_written(rate) for rate in rates):
             names = [name for name in names if not name.startswith("train.lr_")]

@@ -158,13 +158,15 @@ def _and_parents(deps: list[dict[str, Any]]) -> set[str]:
 
 
 def _jobs(shown: str) -> set[str]:
-    """The jobs in what `snakemake --dry-run` prints, told apart by the variant that their command names."""
+    """The jobs in what `snakemake --dry-run` prints, told apart by the variant or the mode that their command names."""
     jobs = set()
     for command in re.findall(r"^Shell command: bwsk (.+)$", shown, re.MULTILINE):
         words = command.split()
-        engine = words[words.index("--mode") + 1 :][:1] if words[0] == "memory" else []
+        if prediction := re.search(r"build/analysis/(memory-\S+)\.json", command) if words[0] == "memory" else None:
+            jobs.add(prediction[1])
+            continue
         variant = [part for word in words for part in word.split("/") if re.fullmatch(VARIANT, part)]
-        jobs.add(" ".join([words[0], *(engine or variant)[:1]]))
+        jobs.add(" ".join([words[0], *variant[:1]]))
     return jobs
 
 

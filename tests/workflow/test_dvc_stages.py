@@ -98,6 +98,17 @@ def test_every_variant_reads_its_own_learning_rate(study: Path) -> None:
     assert not {"train", "train.lr_scratch", "train.lr_finetune"} & set(params)
 
 
+def test_the_budget_reaches_the_reversible_variants_alone(study: Path) -> None:
+    """By the memory prediction of their mode: a matrix has one list of parameters for all variants."""
+    found = graph(study)["stages"]
+    reads = {name for name, stage in found.items() if "train.budget" in stage.get("params", [])}
+    assert reads == {"memory-bwsk-reversible"}
+    assert "build/analysis/memory-${item.mode}.json" in found["train"]["deps"]
+    assert not {"train", "train.budget"} & set(found["train"]["params"])
+    set_params(study / "params.yaml", {"variants.modes": ["conventional"]})
+    assert [name for name in graph(study)["stages"] if name.startswith("memory")] == ["memory-conventional"]
+
+
 def test_keys_that_are_left_to_their_defaults_are_not_asked_of_params_yaml(study: Path) -> None:
     """DVC stops at a parameter that the file does not have."""
     written = yaml.safe_load((study / "params.yaml").read_text())
@@ -135,12 +146,7 @@ def test_all_that_snakemake_makes_is_an_output_of_one_stage(study: Path, tmp_pat
     for stage in found.values():
         for out in [*stage.get("outs", []), *stage.get("metrics", [])]:
             variants = names if "${item.init}" in out else [""]
-            engines = ["conventional", "reversible"] if "${item.engine}" in out else [""]
-            outs += [
-                out.replace("${item.init}-${item.mode}", variant).replace("${item.engine}", engine)
-                for variant in variants
-                for engine in engines
-            ]
+            outs += [out.replace("${item.init}-${item.mode}", variant) for variant in variants]
     assert len(outs) == len(set(outs))
     for file in made:
         owners = [out for out in outs if file == out or file.startswith(f"{out}/")]

@@ -60,13 +60,13 @@ rule predict_memory:
     input:
         "build/base/config.json",
     output:
-        "build/analysis/memory-{engine}.json",
+        "build/analysis/memory-{mode}.json",
     log:
-        "build/logs/memory-{engine}.log",
+        "build/logs/memory-{mode}.log",
     benchmark:
-        "build/benchmarks/memory-{engine}.tsv"
+        "build/benchmarks/memory-{mode}.tsv"
     wildcard_constraints:
-        engine="conventional|reversible",
+        mode="|".join(PARAMS.variants.modes),
     conda:
         "../envs/bwsk.yml"
     resources:
@@ -76,9 +76,9 @@ rule predict_memory:
         identity=params_identity("memory"),
         step=STEP,
         precision=PARAMS.train.precision,
-        budget=memory_budget,
+        mode=memory_mode,
     message:
-        "Predict the peak memory of a {wildcards.engine} training step"
+        "Predict the peak memory of a training step, {wildcards.mode}"
     shell:
         "bwsk memory {input} {params.step} --precision {params.precision} --optimizer fused"
-        " --mode {wildcards.engine} {params.budget} --json {output} &> {log}"
+        " --mode {params.mode} --json {output} &> {log}"

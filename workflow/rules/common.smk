@@ -1,6 +1,7 @@
 # What all rules share: the validated parameters, the variants, and the identity of a step.
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -69,15 +70,16 @@ def local_files(section, names):
     return [str(file) for file in (Path(section.path) / name for name in names) if file.is_file()]
 
 
-def memory_budget(wildcards):
-    """The budget counts for the reversible engine alone."""
-    return f"--budget {PARAMS.train.budget}" if wildcards.engine == "reversible" else ""
+def memory_mode(wildcards):
+    """The engine that a mode trains with; bwsk-analyzed trains with the conventional one, which has no budget."""
+    if wildcards.mode != "bwsk-reversible":
+        return "conventional"
+    return f"reversible --budget={shlex.quote(str(PARAMS.train.budget))}"
 
 
 def memory_prediction(wildcards):
-    """The prediction for a variant's engine; bwsk-analyzed trains with the conventional one."""
-    engine = "reversible" if wildcards.variant.endswith("reversible") else "conventional"
-    return f"build/analysis/memory-{engine}.json"
+    """The prediction for a variant's mode."""
+    return f"build/analysis/memory-{PARAMS.split_variant(wildcards.variant)[1]}.json"
 
 
 # Before Snakemake looks at its own locks: those that a killed one has left behind go, those of a live one get a name.
