@@ -49,10 +49,12 @@ def load_side(name: str, study: Path) -> dict[str, Any]:
 
     BwskError if `name` is neither a path with results nor a revision that has them.
     """
+    if not name.strip():
+        raise BwskError(f"compare: found {name!r}; name a directory, a results.json or a git revision")
     path = Path(name)
     for candidate in (path / "results" / "results.json", path / "results.json", path):
         if candidate.is_file():
-            return _checked(read_json(candidate), str(candidate))
+            return _checked(_of_file(candidate), str(candidate))
     if path.is_dir():
         raise BwskError(f"{name}: a directory without results.json; run its study, or name another")
     return _checked(_of_revision(name, study), name)
@@ -125,6 +127,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def _of_file(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except BwskError:
+        # Not its advice, to delete the file and run again: here any file may have been named.
+        raise BwskError(f"{path}: not the results.json of a study (no JSON object); name another") from None
+
+
 def _of_revision(revision: str, study: Path) -> dict[str, Any]:
     top = _git(study, "rev-parse", "--show-toplevel")
     if top is None:
@@ -147,13 +157,18 @@ def _of_revision(revision: str, study: Path) -> dict[str, Any]:
 def _from_dvc(revision: str, path: str, top: str) -> str:
     try:
         import dvc.api
+        import dvc.exceptions
     except ImportError:
         raise BwskError(f"{revision}: git has no {path} there, and DVC is not installed to ask") from None
     try:
         return dvc.api.read(path, repo=top, rev=revision)
-    except Exception as error:  # DVC raises many kinds: not tracked, not in the cache, remote unreachable
+    except dvc.exceptions.PathMissingError:  # not recorded or not in the cache: DVC says the same
+        reason = "not recorded, or not in the cache"
+    except Exception as error:  # DVC raises many kinds: no DVC repository, remote unreachable
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise BwskError(f"{revision}: neither git nor DVC has {path} there ({reason}); dvc pull it first") from None
+    raise BwskError(
+        f"{revision}: neither git nor DVC has {path} there ({reason}); name another, or: dvc fetch --all-commits"
+    )
 
 
 def _git(directory: Path, *arguments: str) -> str | None:

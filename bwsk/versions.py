@@ -24,6 +24,7 @@ from bwsk.params import load_params
 from bwsk.stages import SNAKEFILE
 
 Say = Callable[[str], None]
+SHOWN = 6  # names that a message lists
 
 
 def restore(study: Path, say: Say) -> None:
@@ -31,8 +32,9 @@ def restore(study: Path, say: Say) -> None:
 
     BwskError naming what is missing or was recorded with other parameters or source; all the rest is restored then.
     """
-    lock = _lock(study)
     load_params(study / "params.yaml")
+    lock = _lock(study)
+    _require_dvc(study)
     for path in drop_corrupt(study, lock):
         say(f"removed from the cache, not what its name says: {path}")
     pulled = _run(study, ["dvc", "pull"])
@@ -61,6 +63,7 @@ def record(study: Path, say: Say) -> None:
     params = load_params(study / "params.yaml")
     gather(params, study)
     current_results(params, study, read_results(study))
+    _require_dvc(study)
     if _run(study, ["dvc", "commit", "--force"]).returncode:
         raise BwskError(f"{study}: dvc commit failed, see above; run snakemake until nothing is to be done, then again")
     say(f"{study}: recorded; keep it with: git add {study / 'dvc.lock'}, git commit, dvc push")
@@ -86,17 +89,28 @@ def drop_corrupt(study: Path, lock: dict[str, Any]) -> list[Path]:
     return sorted(corrupt)
 
 
+def _require_dvc(study: Path) -> None:
+    """BwskError if the study is no DVC repository: in that of a folder above, DVC would do all that is there."""
+    if not (study / ".dvc").is_dir():
+        raise BwskError(
+            f"{study}: no DVC repository of its own; run in it: dvc init --subdir (without git: dvc init --no-scm)"
+        )
+    if not (study / "dvc.yaml").is_file():  # without it DVC finds nothing to do, and calls that up to date
+        raise BwskError(f"{study / 'dvc.yaml'}: missing; take it from git, or write it: bwsk stages {study}")
+
+
 def _lock(study: Path) -> dict[str, Any]:
     """Stage -> what `dvc.lock` recorded of it."""
     path = study / "dvc.lock"
     if not path.is_file():
         raise BwskError(f"{path}: missing, nothing was recorded of this study yet; run it: dvc repro")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        raise BwskError(
-            f"{path}: cannot be read (a merge conflict?); take one side (git checkout --ours dvc.lock)"
-        ) from None
+        stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+        if all({"cmd", "deps"} <= set(stage) for stage in stages.values()):
+            return stages
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        pass
+    raise BwskError(f"{path}: cannot be read (a merge conflict?); take one side (git checkout --ours dvc.lock)")
 
 
 def _changes(study: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -126,10 +140,17 @@ def _problem(lock: dict[str, Any], changes: dict[str, dict[str, dict[str, Any]]]
             other.append(stage)
     if missing:
         paths = [path for stage in missing for path in changes[stage]["changed outs"]]
-        return f"missing or changed: {', '.join(paths)}; make what no remote has: dvc repro {' '.join(missing)}"
+        # All of a remote may be missing: a command that names every stage is that for the whole study.
+        command = " ".join(["dvc repro", *(missing if len(missing) <= SHOWN else [])])
+        return f"missing or changed: {_first(paths)}; make what no remote has: {command}"
     if other:
-        return f"recorded with other parameters or source: {', '.join(other)}; make them anew: dvc repro"
+        return f"recorded with other parameters or source: {_first(other)}; make them anew: dvc repro"
     return None
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _within(path: str, outs: set[str]) -> bool:

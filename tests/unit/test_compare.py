@@ -101,13 +101,24 @@ def test_revisions_that_dvc_keeps(editable: Path, tmp_path: Path) -> None:
     shutil.rmtree(repository / ".dvc/cache")
     lost = bwsk("compare", "HEAD~1", "HEAD", cwd=repository)
     assert lost.returncode == 1
-    assert lost.stderr.startswith("bwsk: error: HEAD~1: neither git nor DVC has results/results.json there")
+    assert lost.stderr.startswith(
+        "bwsk: error: HEAD~1: neither git nor DVC has results/results.json there (not recorded, or"
+    )
     assert len(lost.stderr.splitlines()) == 1
 
 
 def test_a_side_that_is_nothing_is_refused(study: Path, tmp_path: Path) -> None:
     with pytest.raises(BwskError, match=r"a directory without results\.json"):
         load_side(str(tmp_path), Path())
+    for name in ("", " "):
+        with pytest.raises(BwskError, match=f"found '{name}'; name a directory, a results.json or a git revision"):
+            load_side(name, study)
+    # Whose file it is is not known: no advice to delete it.
+    for file in ("params.yaml", "results/scratch-conventional/model.safetensors"):
+        with pytest.raises(
+            BwskError, match=rf"{file}: not the results\.json of a study \(no JSON object\); name another$"
+        ):
+            load_side(str(study / file), study)
     with pytest.raises(BwskError, match="in no git repository"):
         load_side("v1.0", tmp_path)
     other = tmp_path / "other.json"

@@ -62,6 +62,7 @@ def test_params_and_experiments(versions: Checkout) -> None:
 def test_plots(versions: Checkout, tmp_path: Path) -> None:
     for command, revisions in (("show", []), ("diff", ["HEAD~1", "HEAD"])):
         out = tmp_path / command
+        versions.dvc("plots", command, *revisions)
         versions.dvc("plots", command, "--out", str(out), *revisions)
         page = (out / "index.html").read_text()
         for label in ("Optimizer step", "Training loss (nats per token)", "Validation perplexity"):
@@ -69,6 +70,8 @@ def test_plots(versions: Checkout, tmp_path: Path) -> None:
         for name in VARIANTS:
             for file in ("train.csv", "validation.csv"):
                 assert f"{name}/{file}" in page
+    # Where DVC writes the page unless told otherwise is git's business neither.
+    assert versions.git("status", "--porcelain") == ""
     shown = json.loads(versions.dvc("plots", "show", "--json"))
     assert sorted(shown["data"]) == ["training loss", "validation perplexity"]
     for entries in shown["data"].values():
@@ -86,6 +89,11 @@ def test_bwsk_compare(versions: Checkout, six_variants: Checkout) -> None:
         # Their figures are the same; a variant that does not differ has no row.
         assert "finetune-conventional" not in shown
     assert "no difference" in versions.bwsk("compare", "HEAD", str(versions.study))
+    unrecorded = versions.bwsk("compare", "HEAD~2", "HEAD", ok=False)
+    assert unrecorded.startswith(
+        "bwsk: error: HEAD~2: neither git nor DVC has demo/results/results.json there (not rec"
+    )
+    assert len(unrecorded.splitlines()) == 1
 
 
 def test_two_studies_side_by_side(versions: Checkout) -> None:
