@@ -37,6 +37,7 @@ class Cases:
         self.study = root / "study"
         make_inputs(self.study)
         self.number = 0
+        self.sizes: dict[str, dict[str, int]] = {}  # bytes of the files of the undisturbed runs
         self._references: dict[str, tuple[dict[str, str], dict[str, int], float]] = {}
 
     def training(self, name: str, root: Path | None = None) -> Training:
@@ -60,6 +61,7 @@ class Cases:
             results = json.loads((training.case / "out" / "training_results.json").read_text())
             assert files[0] == files[1]
             assert len(files[0]) == 8
+            self.sizes[name] = {file: (training.case / file).stat().st_size for file in files[0]}
             self._references[name] = files[0], counts, results["wall_time_s"] + 0.5
         return self._references[name]
 

@@ -5,7 +5,11 @@
 A request is a line of JSON: `argv`, `cwd`, `output` (file for both streams), and for a child that is to kill itself
 `kill`: {"events": "calls" | "files", "at": n}. Each fork is a process of its own that runs the real command line; with
 `kill` it sends SIGKILL to itself at the n-th call of a function of bwsk, or at the n-th operation on files: points
-that can be drawn at random and hit again. Answers: {"pid"}, then {"status", "count", "place"}.
+that can be drawn at random and hit again. Neither lies inside of a file's write, so {"events": "outputs", "at": n,
+"inside": bytes} makes the kernel end the process (SIGXFSZ) in the first write that goes past that many bytes of a file,
+from the n-th time that the training enters or leaves the writing of a folder of outputs.
+
+Answers: {"pid"}, then {"status", "count", "place"}.
 """
 
 from __future__ import annotations
@@ -99,18 +103,28 @@ def child(request: dict[str, Any], report: int) -> None:
 class Counter:
     """Counts events and kills the process at the `at`-th (never, if 0)."""
 
-    def __init__(self, report: int, events: str, at: int) -> None:
-        self.report, self.events, self.at = report, events, at
+    def __init__(self, report: int, events: str, at: int, inside: int = 0) -> None:
+        self.report, self.events, self.at, self.inside = report, events, at, inside
         self.count = 0
 
     def install(self) -> None:
         if self.events == "calls":
             sys.setprofile(self.on_call)
+        elif self.events == "outputs":
+            sys.setprofile(self.on_output)
         else:
             sys.addaudithook(self.on_audit)
 
     def on_call(self, frame: FrameType, event: str, argument: Any) -> None:
         if event in ("call", "return") and frame.f_code.co_filename.startswith(PACKAGE):
+            self.next()
+
+    def on_output(self, frame: FrameType, event: str, argument: Any) -> None:
+        if (
+            event == "call"
+            and frame.f_code.co_name == "atomic_directory"
+            and place().endswith("finish>atomic_directory")
+        ):
             self.next()
 
     def on_audit(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -121,6 +135,11 @@ class Counter:
         self.count += 1
         if self.count == self.at:
             self.tell(place())
+            if self.inside:
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (self.inside, self.inside))
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python itself ignores it
+                return
             os.kill(os.getpid(), signal.SIGKILL)
 
     def tell(self, where: str) -> None:

@@ -26,6 +26,19 @@ def points(count: int) -> list[tuple[str, int]]:
     return [(ALL[index % len(ALL)], SEED + index) for index in range(count)]
 
 
+# Entries into the writing of a folder of outputs, and a file of each whose half is more than all files before it: there
+# the process ends. Weights would show little, safetensors itself writes them under another name.
+OUTPUTS = [(1, "out/tokenizer.json"), (3, "curves/train.csv")]
+
+
+def killed_inside(cases: Cases, name: str, at: int, file: str) -> None:
+    """Kill the process in the middle of the write of an output, and go on."""
+    reference, _, _ = cases.reference(name)
+    kill = {"events": "outputs", "at": at, "inside": cases.sizes[name][file] // 2}
+    told = killed_then_same(cases.server, cases.training(name), reference, kill=kill)
+    assert told["status"] == -signal.SIGXFSZ, told
+
+
 def at_event(cases: Cases, figures: Counter[str], name: str, seed: int, events: str) -> None:
     reference, counts, _ = cases.reference(name)
     at = random.Random(seed).randint(1, counts[events])
@@ -55,6 +68,16 @@ def test_killed_at_many_operations_on_files(cases: Cases, figures: Counter[str],
 @pytest.mark.parametrize(("name", "seed"), points(42)[3:])
 def test_killed_in_many_functions(cases: Cases, figures: Counter[str], name: str, seed: int) -> None:
     at_event(cases, figures, name, seed, "calls")
+
+
+@pytest.mark.parametrize(("at", "file"), OUTPUTS)
+@pytest.mark.parametrize("name", [ALL[0], *(pytest.param(name, marks=full) for name in ALL[1:])])
+def test_killed_inside_the_write_of_an_output(
+    cases: Cases, figures: Counter[str], name: str, at: int, file: str
+) -> None:
+    killed_inside(cases, name, at, file)
+    figures["kills"] += 1
+    figures["kills inside a write"] += 1
 
 
 @full

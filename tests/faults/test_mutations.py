@@ -9,6 +9,7 @@ import pytest
 
 from tests.faults.conftest import Cases
 from tests.faults.harness import PROJECT, Server, killed_then_same
+from tests.faults.test_kills import OUTPUTS, killed_inside
 from tests.faults.test_kills import test_a_damaged_checkpoint_is_reported_and_costs_nothing_but_time as damaged
 
 pytestmark = pytest.mark.faults
@@ -24,6 +25,11 @@ MUTATIONS = {
         "checkpoint.py",
         "new = partial / target.name\n                new.mkdir()",
         "new = target\n                new.mkdir(exist_ok=True)",
+    ),
+    "atomic rename of outputs": (
+        "files.py",
+        "            yield partial\n            written",
+        "            yield path\n            written",
     ),
     "random state": ("checkpoint.py", '    torch.set_rng_state(states["cpu"])\n', ""),
     "optimizer state": ("train.py", 'restore_optimizer(self.optimizer, tensors["optimizer"])', "pass"),
@@ -49,16 +55,20 @@ def test_without_it_the_suite_fails(cases: Cases, tmp_path: Path, name: str) -> 
     (tmp_path / "bwsk" / file).write_text(mutated)
     with Server(tmp_path) as server:
         mutant = Cases.__new__(Cases)
-        mutant.__dict__.update(cases.__dict__, server=server, root=tmp_path / "runs", number=0, _references={})
+        mutant.__dict__.update(
+            cases.__dict__, server=server, root=tmp_path / "runs", number=0, sizes={}, _references={}
+        )
         with pytest.raises(AssertionError):
             core_check(mutant)
 
 
 def core_check(cases: Cases) -> None:
-    """The heart of the suite in a few runs: damage, and kills in steps and at every kind of write."""
+    """The heart of the suite in a few runs: damage, and kills in steps, within an output's write and between writes."""
     damaged(cases)
     name = "scratch-conventional"
     reference, counts, _ = cases.reference(name)
+    for at, file in OUTPUTS:
+        killed_inside(cases, name, at, file)
     for share in (0.45, 0.62, 0.7):
         kill = {"events": "calls", "at": int(counts["calls"] * share)}
         killed_then_same(cases.server, cases.training(name), reference, kill=kill)
