@@ -32,8 +32,8 @@ def restore(study: Path, say: Say) -> None:
 
     BwskError naming what is missing or was recorded with other parameters or source; all the rest is restored then.
     """
-    load_params(study / "params.yaml")
     lock = _lock(study)
+    load_params(study / "params.yaml")
     _require_dvc(study)
     for path in drop_corrupt(study, lock):
         say(f"removed from the cache, not what its name says: {path}")
@@ -103,6 +103,7 @@ def _lock(study: Path) -> dict[str, Any]:
     """Stage -> what `dvc.lock` recorded of it."""
     path = study / "dvc.lock"
     if not path.is_file():
+        load_params(study / "params.yaml")  # where there is no study either, that is what to say
         raise BwskError(f"{path}: missing, nothing was recorded of this study yet; run it: dvc repro")
     try:
         stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
