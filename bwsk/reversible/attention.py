@@ -26,7 +26,7 @@ from bwsk.reversible.dropout import (
     restored_random_state,
     unpack_bits,
 )
-from bwsk.reversible.linear import cast, linear, linear_grad_input, linear_grad_weight
+from bwsk.reversible.linear import as_forward, cast, linear, linear_grad_input, linear_grad_weight
 from bwsk.reversible.norm import rms_apply, rms_backward, rms_statistic
 
 
@@ -101,7 +101,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _probabilities(call: AttentionCall, q3: Tensor, kt3: Tensor, batch: int, bias: Tensor | None, mask: Tensor | None):
     """softmax(q kᵀ + bias + mask), (B, H, L, S), and the dtype of the raw scores."""
-    scores = q3.bmm(kt3)
+    with as_forward(call.dtype, q3.device.type):
+        scores = q3.bmm(kt3)
     raw = scores.dtype
     scores = scores.view(batch, call.heads, *scores.shape[-2:])
     if call.scaling != 1.0:
@@ -116,16 +117,19 @@ def _probabilities(call: AttentionCall, q3: Tensor, kt3: Tensor, batch: int, bia
 
 
 def _project(call: AttentionCall, tape: AttentionTape, w: AttentionWeights, x: Tensor, states: Tensor | None):
-    """Fill in r, q, k, v of the tape; returns the norm's output in the compute dtype and the source of k and v."""
+    """Fill in r, q, k, v of the tape; returns the norm's output in the compute dtype, the source of k and v, and the
+    dtype of the norm's output itself."""
     if tape.r is None:
         tape.r = rms_statistic(x, call.eps)
-    normed = cast(rms_apply(x, tape.r, w.norm), call.dtype)
+    normed = rms_apply(x, tape.r, w.norm)
+    own_dtype, normed = normed.dtype, cast(normed, call.dtype)
     source = cast(states, call.dtype) if call.crossed else normed
     if tape.q is None:
-        tape.q = linear(normed, w.q, call.dtype)
-        tape.k = linear(source, w.k, call.dtype)
-        tape.v = linear(source, w.v, call.dtype)
-    return normed, source
+        with as_forward(call.dtype, x.device.type):
+            tape.q = linear(normed, w.q, call.dtype)
+            tape.k = linear(source, w.k, call.dtype)
+            tape.v = linear(source, w.v, call.dtype)
+    return normed, source, own_dtype
 
 
 def attention_forward(
@@ -140,8 +144,7 @@ def attention_forward(
     """y of shape (B, L, d) and the tape. With a tape of kept residues the same forward is redone from them."""
     again = tape is not None
     tape = tape if again else AttentionTape()
-    normed, source = _project(call, tape, w, x, states)
-    del normed, source
+    _project(call, tape, w, x, states)
     if call.core is not None:
         if not again and call.p_core > 0.0:
             tape.core_bits = random_state(x.device)
@@ -162,7 +165,8 @@ def attention_forward(
 
 def _finish(call: AttentionCall, w: AttentionWeights, x: Tensor, tape: AttentionTape, again: bool) -> Tensor:
     """x + dropout(W_o out)."""
-    projected = linear(tape.out, w.o, call.dtype)
+    with as_forward(call.dtype, x.device.type):
+        projected = linear(tape.out, w.o, call.dtype)
     if again:
         projected = redrop(projected, tape.out_bits, call.p_out)
     else:
@@ -182,9 +186,8 @@ def _run_core(call: AttentionCall, tape: AttentionTape, bias: Tensor | None, mas
         bias = bias.detach().requires_grad_()
         leaves.append(bias)
     device = leaves[0].device
-    kind = device.type
-    autocast = torch.autocast(kind, dtype=call.dtype or torch.get_autocast_dtype(kind), enabled=call.dtype is not None)
-    with torch.enable_grad(), autocast, restored_random_state(tape.core_bits if again else None, device):
+    state = tape.core_bits if again else None
+    with torch.enable_grad(), as_forward(call.dtype, device.type), restored_random_state(state, device):
         out = call.core(*leaves[:3], mask, bias)
         return out.reshape(*out.shape[:2], -1).contiguous(), leaves
 
@@ -192,7 +195,8 @@ def _run_core(call: AttentionCall, tape: AttentionTape, bias: Tensor | None, mas
 def _context(call: AttentionCall, dropped: Tensor, v: Tensor, shape: torch.Size) -> Tensor:
     """dropout(P) v as (B, L, H·D), contiguous."""
     v3 = _flat(_keys(call, v))
-    out = _flat(cast(dropped, call.dtype)).bmm(v3).view(shape[0], call.heads, shape[1], call.width)
+    with as_forward(call.dtype, v.device.type):
+        out = _flat(cast(dropped, call.dtype)).bmm(v3).view(shape[0], call.heads, shape[1], call.width)
     return out.transpose(1, 2).contiguous().reshape(*shape[:-1], -1).contiguous()
 
 
@@ -213,7 +217,7 @@ def attention_backward(
     encoder states, then (norm, q, k, v, o); None where not wanted.
     """
     wants_bias, wants_norm, wants_q, wants_k, wants_v, wants_o = wants
-    normed, source = _project(call, tape, w, x, states)
+    normed, source, through = _project(call, tape, w, x, states)
     if call.core is None:
         g_q, g_k, g_v, g_bias, gw_o = _core_backward(call, w, tape, x.shape, bias, mask, g, wants_bias, wants_o)
     else:
@@ -222,9 +226,7 @@ def attention_backward(
     gw_v = linear_grad_weight(g_v, source2, w.v) if wants_v else None
     gw_k = linear_grad_weight(g_k, source2, w.k) if wants_k else None
     gw_q = linear_grad_weight(g_q, normed2, w.q) if wants_q else None
-    del source2, normed2, source
-    through = x.dtype if call.dtype is not None else normed.dtype
-    del normed
+    del source2, normed2, source, normed
     from_v = cast(linear_grad_input(g_v, w.v, call.dtype), through)
     from_k = cast(linear_grad_input(g_k, w.k, call.dtype), through)
     from_q = cast(linear_grad_input(g_q, w.q, call.dtype), through)
@@ -236,7 +238,7 @@ def attention_backward(
         g_normed = from_v.add_(from_k).add_(from_q)
         g_states = (None, None)
     g_product, g_square, gw_norm = rms_backward(g_normed.view(x.shape), x, tape.r, w.norm, wants_norm)
-    return (g, g_product, g_square), g_bias, g_states, (gw_norm, gw_q, gw_k, gw_v, gw_o)
+    return (cast(g, x.dtype), g_product, g_square), g_bias, g_states, (gw_norm, gw_q, gw_k, gw_v, gw_o)
 
 
 def _core_backward(call, w, tape, shape, bias, mask, g, wants_bias, wants_o):

@@ -7,7 +7,6 @@ relu(a), h and a mask. The gated form (v1.1), f = act(a₀)·a₁, keeps a₀ an
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bwsk.reversible.dropout import drop, drop_backward, redrop, rescale_
-from bwsk.reversible.linear import cast, linear, linear_grad_input, linear_grad_weight
+from bwsk.reversible.linear import as_forward, cast, linear, linear_grad_input, linear_grad_weight
 from bwsk.reversible.norm import rms_apply, rms_backward, rms_statistic
 
 
@@ -64,8 +63,7 @@ def feedforward_weights(layer: nn.Module) -> FeedForwardWeights:
 
 def _activate(call: FeedForwardCall, a: Tensor, b: Tensor | None) -> Tensor:
     """f of the pre-activations, under the autocast state that the forward ran in."""
-    kind = a.device.type
-    with torch.autocast(kind, dtype=call.dtype or torch.get_autocast_dtype(kind), enabled=call.dtype is not None):
+    with as_forward(call.dtype, a.device.type):
         return call.act(a) if b is None else call.act(a) * b
 
 
@@ -82,15 +80,16 @@ def feedforward_forward(
     if tape.r is None:
         tape.r = rms_statistic(x, call.eps)
     normed = cast(rms_apply(x, tape.r, w.norm), call.dtype)
-    a = linear(normed, w.first, call.dtype)
+    with as_forward(call.dtype, x.device.type):
+        a = linear(normed, w.first, call.dtype)
+        b = linear(normed, w.second, call.dtype) if call.gated else None
     if call.rectified:
         a = call.act(a)
         tape.h = a
     else:
-        tape.a = a
-        tape.b = linear(normed, w.second, call.dtype) if call.gated else None
-        tape.h = _activate(call, tape.a, tape.b)
-    del normed, a
+        tape.a, tape.b = a, b
+        tape.h = _activate(call, a, b)
+    del normed, a, b
     if again:
         tape.h = redrop(tape.h, tape.hidden_bits, call.p_hidden)
     else:
@@ -98,7 +97,7 @@ def feedforward_forward(
     if not finish:
         return None, tape
     entering = _entering(call, tape.h, w.o)
-    with torch.autocast(x.device.type, enabled=False) if call.out_dtype is not call.dtype else nullcontext():
+    with as_forward(call.out_dtype, x.device.type):
         projected = linear(entering, w.o, call.out_dtype)
     del entering
     if again:
@@ -152,8 +151,8 @@ def feedforward_backward(
     g_a, g_b = _hidden_gradient(call, tape, g_h)
     del g_h, h
     tape.h = None
-    normed = cast(rms_apply(x, tape.r, w.norm), call.dtype)
-    through = x.dtype if call.dtype is not None else normed.dtype
+    normed = rms_apply(x, tape.r, w.norm)
+    through, normed = normed.dtype, cast(normed, call.dtype)
     rows = _flat_rows(normed)
     g_a = _flat_rows(g_a)
     gw_first = linear_grad_weight(g_a, rows, w.first) if wants_first else None
@@ -165,7 +164,7 @@ def feedforward_backward(
         g_normed = cast(linear_grad_input(g_b, w.second, call.dtype), through).add_(g_normed)
     del g_a, g_b, rows, normed
     g_product, g_square, gw_norm = rms_backward(g_normed.view(x.shape), x, tape.r, w.norm, wants_norm)
-    return (g, g_product, g_square), (gw_norm, gw_first, gw_second, gw_o)
+    return (cast(g, x.dtype), g_product, g_square), (gw_norm, gw_first, gw_second, gw_o)
 
 
 def _flat_rows(x: Tensor) -> Tensor:

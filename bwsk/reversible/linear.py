@@ -8,6 +8,8 @@ Under autocast the reference casts the weight once per region and autograd saves
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +19,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast computes linear layers in, or None where autocast is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def as_forward(dtype: torch.dtype | None, kind: str):
+    """The autocast state that gave `dtype` in the forward, for what a backward redoes, which may run under another."""
+    enabled = torch.is_autocast_enabled(kind)
+    if (torch.get_autocast_dtype(kind) if enabled else None) is dtype:
+        return nullcontext()
+    return torch.autocast(kind, dtype=dtype or torch.get_autocast_dtype(kind), enabled=dtype is not None)
 
 
 def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
