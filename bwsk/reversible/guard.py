@@ -1,6 +1,8 @@
-"""What the recomputing backward refuses, and the one check for it."""
+"""What the recomputing backward refuses, and the checks for it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -14,3 +16,12 @@ def refuse_double_backward() -> None:
             "make_reversible: backward(create_graph=True) asks for second derivatives, which recomputation does not "
             "record; call undo() on the handle before taking them"
         )
+
+
+def refuse_second_backward(ctx: Any, way_out: str) -> None:
+    """Raise `BwskError` when an earlier backward of this node has overwritten what it kept.
+
+    PyTorch sees that by itself only where no hooks pack the saved tensors (`save_on_cpu`).
+    """
+    if ctx.overwritten:
+        raise BwskError(f"make_reversible: a second backward through the loss (retain_graph): {way_out}")

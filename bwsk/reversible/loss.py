@@ -18,10 +18,11 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bwsk.errors import BwskError
 from bwsk.reversible.dropout import acts_as_cuda
-from bwsk.reversible.guard import refuse_double_backward
+from bwsk.reversible.guard import refuse_double_backward, refuse_second_backward
 
 # At least this many blocks of rows never pay: beyond, blocks grow with the batch.
 MOST_BLOCKS = 64
@@ -85,14 +86,16 @@ class CrossEntropyNode(torch.autograd.Function):
         loss, weight = torch.ops.aten.nll_loss_forward(picked, column, None, 1, ignore_index)
         ctx.save_for_backward(kept, labels, weight)
         ctx.ignore_index, ctx.dtype, ctx.wide = ignore_index, scores_dtype, wide
+        ctx.overwritten = False
         return loss
 
     @staticmethod
     def backward(ctx, g: Tensor):
         refuse_double_backward()
+        refuse_second_backward(ctx, "hold outputs.logits until the last one, which are then left alone")
         kept, labels, weight = ctx.saved_tensors
-        alone = type(kept) is not Tensor or 0 <= _holders(kept) <= _sole_holders()
-        result = kept if alone else torch.empty_like(kept)
+        ctx.overwritten = isinstance(kept, FakeTensor) or 0 <= _holders(kept) <= _sole_holders()
+        result = kept if ctx.overwritten else torch.empty_like(kept)
         logits, out = kept.view(-1, kept.shape[-1]), result.view(-1, kept.shape[-1])
         n = logits.shape[0]
         for rows in _blocks(n, ctx.rows):
@@ -168,16 +171,19 @@ class ChunkedNode(torch.autograd.Function):
             total += torch.where(valid[rows], nll, 0).sum()
             logits.div_(mass)
             logits.scatter_add_(1, safe[rows, None], torch.full_like(mass, -1.0))
-            logits.mul_((valid[rows] / count).unsqueeze(1))
+            logits.mul_(torch.where(valid[rows], 1.0 / count, 0.0).unsqueeze(1))
             torch.mm(logits, table, out=g_x[rows])
             g_table.addmm_(logits.t(), rows_x[rows])
             del logits
         ctx.save_for_backward(g_x.view(x.shape), g_table)
+        ctx.overwritten = False
         return total / count
 
     @staticmethod
     def backward(ctx, g: Tensor):
         refuse_double_backward()
+        refuse_second_backward(ctx, "use another budget than balanced")
+        ctx.overwritten = True
         g_x, g_table = ctx.saved_tensors
         return g_x.mul_(g), g_table.mul_(g), None, None
 
