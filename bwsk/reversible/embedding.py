@@ -97,7 +97,16 @@ class Chain:
 
     def stop(self) -> None:
         """Back to the stock forward of every module on the chain."""
-        self.table: Tensor | None = None
+        self._weight: Tensor | None = None
+        self._table: Tensor | None = None
         self.active = False
         self.skip_projection = False
         self.cached = False  # the stock decoder would have filled a generation cache
+
+    def newest(self, weight: Tensor) -> Tensor:
+        """The table that the last lookup in `weight` passed on, or `weight` itself where it was another's or none."""
+        return self._table if self._table is not None and self._weight is weight else weight
+
+    def passed_on(self, weight: Tensor, table: Tensor) -> None:
+        """A lookup in `weight` has passed `table` on."""
+        self._weight, self._table = weight, table

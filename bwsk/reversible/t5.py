@@ -3,16 +3,16 @@
 Each sublayer's `forward` becomes one autograd node (`sublayer`), the lookups and the output projection pass the tied
 table on (`embedding`), the loss head keeps one copy of the logits (`loss`). Modules, parameters, names and classes stay
 the stock ones: `forward` is set on the instance and deleted again by undo. In eval mode, without gradients, with a
-cache, with attentions asked for, or with hooks on a module inside a sublayer, the stock forward runs.
+cache, with attentions asked for, or where a module inside a sublayer has hooks or is no longer the one that was there
+at first, the stock forward runs.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass, field
-from types import MethodType
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ from bwsk.reversible.attention import AttentionCall, attention_weights
 from bwsk.reversible.dropout import dropout
 from bwsk.reversible.embedding import Chain, LookupNode, ProjectionNode
 from bwsk.reversible.feedforward import FeedForwardCall, feedforward_weights
+from bwsk.reversible.forwards import (
+    Installed,
+    globally_hooked,
+    hooked,
+    put,
+    require_stock_forward,
+    stock_forward,
+    take_off,
+)
 from bwsk.reversible.guard import refuse_double_backward
 from bwsk.reversible.linear import autocast_dtype
 from bwsk.reversible.loss import chunked_cross_entropy, cross_entropy
@@ -33,52 +42,59 @@ from bwsk.reversible.sublayer import AttentionNode, BlockCall, BlockNode, FeedFo
 FAMILY = ("t5", "mt5")
 
 
+class Part(NamedTuple):
+    """A module inside a sublayer, where it hangs, and what it was when the rule was made."""
+
+    owner: nn.Module
+    name: str
+    module: nn.Module
+    kind: type[nn.Module]
+
+
 @dataclass
 class Rule:
     """What one module is to keep, and the modules inside it that its stock forward would have called."""
 
     level: str
-    inner: tuple[nn.Module, ...] = ()
+    parts: tuple[Part, ...] = ()
     chain: Chain | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def _hooked(rule: Rule) -> bool:
-    return any(
-        m._forward_hooks
-        or m._forward_pre_hooks
-        or m._backward_hooks
-        or m._backward_pre_hooks
-        or ("forward" in m.__dict__ and not _ours(m) and not _leaves_float16(m))
-        for m in rule.inner
+def _parts(owner: nn.Module, *names: str) -> tuple[Part, ...]:
+    found = ((name, owner._modules[name]) for name in names)
+    return tuple(Part(owner, name, module, type(module)) for name, module in found)
+
+
+def _changed(rule: Rule) -> bool:
+    """Whether a module of the rule does other things than when the rule was made: hooks, adapters, …"""
+    return globally_hooked() or any(
+        owner._modules.get(name) is not module
+        or type(module) is not kind
+        or module._parameters.get("bias") is not None
+        or hooked(module)
+        or ("forward" in module.__dict__ and not isinstance(module.__dict__["forward"], (Installed, OutOfFloat16)))
+        for owner, name, module, kind in rule.parts
     )
 
 
-def _ours(module: nn.Module) -> bool:
-    return hasattr(module, "_bwsk")
-
-
-def _leaves_float16(module: nn.Module) -> bool:
-    """Whether this is a projection that `bwsk.faults` keeps out of float16 autocast."""
-    return isinstance(module.__dict__.get("forward"), OutOfFloat16)
-
-
-def _engaged(module: nn.Module, x: Tensor, **kwargs: Any) -> bool:
+def _engaged(module: nn.Module, x: Tensor, *masks: Tensor | None, **kwargs: Any) -> bool:
     """Whether this call is a training step that the rule covers; otherwise the stock forward runs."""
     if not module.training or not torch.is_grad_enabled():
         return False
     if kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
         return False
-    attention = module._bwsk.facts.get("attention")
-    if attention is not None and getattr(attention.config, "output_attentions", False):
+    if any(mask is not None and mask.requires_grad for mask in masks):
+        return False
+    rule: Rule = module._bwsk
+    attention = rule.facts.get("attention")
+    if attention is not None and (
+        attention.gradient_checkpointing or getattr(attention.config, "output_attentions", False)
+    ):
         return False
     if x.dtype is not torch.float32 and torch.is_autocast_enabled(x.device.type):
         return False
-    return not _hooked(module._bwsk)
-
-
-def _stock(module: nn.Module):
-    return type(module).forward.__get__(module)
+    return not _changed(rule)
 
 
 @torch.compiler.disable
@@ -101,6 +117,10 @@ def outside_compile(method: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------- sublayers
 
 
+def _rate(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
 def _attention_call(layer: nn.Module, x: Tensor, level: str) -> AttentionCall:
     facts = layer._bwsk.facts
     attention = facts["attention"]
@@ -110,7 +130,7 @@ def _attention_call(layer: nn.Module, x: Tensor, level: str) -> AttentionCall:
         eps=facts["norm"].variance_epsilon,
         scaling=getattr(attention, "scaling", 1.0),
         p_core=attention.dropout if attention.training else 0.0,
-        p_out=facts["dropout"].p,
+        p_out=_rate(facts["dropout"]),
         crossed=facts["crossed"],
         dtype=autocast_dtype(x),
         level=level,
@@ -153,8 +173,8 @@ def _own_bias(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor | None
 @outside_compile
 def self_attention(self, hidden_states, attention_mask=None, position_bias=None, past_key_values=None, **kwargs):
     """T5LayerSelfAttention.forward while training."""
-    if not _engaged(self, hidden_states, past_key_values=past_key_values, **kwargs):
-        return _stock(self)(
+    if not _engaged(self, hidden_states, attention_mask, past_key_values=past_key_values, **kwargs):
+        return stock_forward(self)(
             hidden_states,
             attention_mask=attention_mask,
             position_bias=position_bias,
@@ -174,8 +194,8 @@ def cross_attention(
     self, hidden_states, key_value_states, attention_mask=None, position_bias=None, past_key_values=None, **kwargs
 ):
     """T5LayerCrossAttention.forward while training. The stock bias of zeros is neither made nor added."""
-    if not _engaged(self, hidden_states, past_key_values=past_key_values, **kwargs):
-        return _stock(self)(
+    if not _engaged(self, hidden_states, attention_mask, past_key_values=past_key_values, **kwargs):
+        return stock_forward(self)(
             hidden_states,
             key_value_states,
             attention_mask=attention_mask,
@@ -195,11 +215,11 @@ def cross_attention(
 def _feed_call(layer: nn.Module, x: Tensor, level: str) -> FeedForwardCall:
     facts = layer._bwsk.facts
     dense, dtype = facts["dense"], autocast_dtype(x)
-    exempt = dtype is torch.float16 and _leaves_float16(dense.wo)
+    exempt = dtype is torch.float16 and isinstance(dense.wo.__dict__.get("forward"), OutOfFloat16)
     return FeedForwardCall(
         eps=facts["norm"].variance_epsilon,
-        p_hidden=dense.dropout.p,
-        p_out=facts["dropout"].p,
+        p_hidden=_rate(dense.dropout),
+        p_out=_rate(facts["dropout"]),
         act=dense.act,
         gated=facts["gated"],
         rectified=facts["rectified"],
@@ -213,7 +233,7 @@ def _feed_call(layer: nn.Module, x: Tensor, level: str) -> FeedForwardCall:
 def feed_forward(self, hidden_states):
     """T5LayerFF.forward while training."""
     if not _engaged(self, hidden_states):
-        return _stock(self)(hidden_states)
+        return stock_forward(self)(hidden_states)
     w = feedforward_weights(self)
     call = _feed_call(self, hidden_states, self._bwsk.level)
     x = hidden_states
@@ -236,13 +256,13 @@ def block(
     x, states = hidden_states, encoder_hidden_states
     own, *middle, feed = self.layer
     plain = (
-        _engaged(self, x, past_key_values=past_key_values, **kwargs)
+        _engaged(self, x, attention_mask, encoder_attention_mask, past_key_values=past_key_values, **kwargs)
         and x.dtype is not torch.float16  # the stock block clamps float16 between its sublayers
         and (encoder_decoder_position_bias is None or not encoder_decoder_position_bias.requires_grad)
         and len(middle) == (states is not None)
     )
     if not plain:
-        return _stock(self)(
+        return stock_forward(self)(
             x,
             attention_mask,
             position_bias,
@@ -291,7 +311,7 @@ class _NormNode(torch.autograd.Function):
 def norm(self, hidden_states):
     """T5LayerNorm.forward while training (the final norm of a stack)."""
     if not _engaged(self, hidden_states):
-        return _stock(self)(hidden_states)
+        return stock_forward(self)(hidden_states)
     return _NormNode.apply(hidden_states, hidden_states, self.weight, self.variance_epsilon)
 
 
@@ -299,7 +319,7 @@ def norm(self, hidden_states):
 def drop(self, input):
     """nn.Dropout.forward while training (the dropouts at both ends of a stack)."""
     if not _engaged(self, input) or self.inplace:
-        return _stock(self)(input)
+        return stock_forward(self)(input)
     return dropout(input, self.p)
 
 
@@ -311,9 +331,10 @@ def lookup(self, input):
     """nn.Embedding.forward inside a training forward of the whole model."""
     chain = self._bwsk.chain
     if not chain.active or not torch.is_grad_enabled() or not self.weight.requires_grad:
-        return _stock(self)(input)
-    table = self.weight if chain.table is None else chain.table
-    vectors, chain.table = LookupNode.apply(table, input, -1 if self.padding_idx is None else self.padding_idx)
+        return stock_forward(self)(input)
+    padding = -1 if self.padding_idx is None else self.padding_idx
+    vectors, table = LookupNode.apply(chain.newest(self.weight), input, padding)
+    chain.passed_on(self.weight, table)
     return vectors
 
 
@@ -322,23 +343,18 @@ def projection(self, input):
     """The output projection (nn.Linear without bias) inside a training forward of the whole model."""
     chain = self._bwsk.chain
     if not chain.active or not torch.is_grad_enabled():
-        return _stock(self)(input)
+        return stock_forward(self)(input)
     if chain.skip_projection:
         return input
-    return ProjectionNode.apply(input, _table(self))
-
-
-def _table(head: nn.Module) -> Tensor:
-    chain = head._bwsk.chain
-    return chain.table if head._bwsk.facts["tied"] and chain.table is not None else head.weight
+    return ProjectionNode.apply(input, chain.newest(self.weight))
 
 
 @outside_compile
 def conditional(self, *args, **kwargs):
     """T5ForConditionalGeneration.forward while training."""
-    stock = _stock(self)
+    stock = stock_forward(self)
     rule: Rule = self._bwsk
-    if not self.training or not torch.is_grad_enabled() or _hooked(rule):
+    if not self.training or not torch.is_grad_enabled() or _changed(rule):
         return stock(*args, **kwargs)
     if args:
         bound = inspect.signature(stock).bind(*args, **kwargs)
@@ -350,10 +366,15 @@ def conditional(self, *args, **kwargs):
     chain.start()
     try:
         outputs = _with_loss(self, stock, labels, kwargs)
+        uncached = chain.cached
     finally:
         chain.stop()
     as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
-    return outputs if as_dict else outputs.to_tuple()
+    if as_dict:
+        return outputs
+    # None stands where the stock step has the cache that was not made: what follows keeps its place.
+    values = [(item.name, getattr(outputs, item.name)) for item in fields(outputs)]
+    return tuple(v for name, v in values if v is not None or (uncached and name == "past_key_values"))
 
 
 def _with_loss(model: nn.Module, stock: Any, labels: Tensor | None, kwargs: dict[str, Any]):
@@ -375,7 +396,7 @@ def _with_loss(model: nn.Module, stock: Any, labels: Tensor | None, kwargs: dict
     labels = labels.to(outputs.logits.device).view(-1)
     found = dict(outputs.items())
     if chunked:
-        loss = chunked_cross_entropy(found.pop("logits"), _table(head), labels)
+        loss = chunked_cross_entropy(found.pop("logits"), rule.chain.newest(head.weight), labels)
     else:
         loss = cross_entropy(found["logits"], labels, head.in_features)
     return type(outputs)(loss=loss, **found)
@@ -422,28 +443,40 @@ def _check_linear(name: str, module: nn.Module) -> None:
         )
 
 
+def _check_parts(layer_name: str, parts: tuple[Part, ...], linears: tuple[str, ...]) -> None:
+    for _, name, module, kind in parts:
+        if name in linears:
+            _check_linear(f"{layer_name}.{name}", module)
+        elif not kind.__module__.startswith(("transformers.", "torch.nn.")) or (
+            name == "dropout" and kind is not nn.Dropout
+        ):
+            raise BwskError(f"make_reversible: {layer_name}.{name} is {kind.__name__}, not the stock module")
+        elif name == "act" and any(True for _ in module.parameters()):
+            raise BwskError(
+                f"make_reversible: {layer_name}.{name} is {kind.__name__}, an activation with weights; not supported"
+            )
+
+
 def _rule_of_attention(name: str, layer: nn.Module, level: str, chain: Chain | None) -> Rule:
     crossed = hasattr(layer, "EncDecAttention")
-    attention = layer.EncDecAttention if crossed else layer.SelfAttention
-    for part in "qkvo":
-        _check_linear(f"{name}.{part}", getattr(attention, part))
-    inner = (layer.layer_norm, layer.dropout, attention, attention.q, attention.k, attention.v, attention.o)
+    inside = "EncDecAttention" if crossed else "SelfAttention"
+    attention = getattr(layer, inside)
+    names = ("q", "k", "v", "o") + (("relative_attention_bias",) if attention.has_relative_attention_bias else ())
+    parts = _parts(layer, "layer_norm", "dropout", inside) + _parts(attention, *names)
+    _check_parts(name, parts, ("q", "k", "v", "o"))
     facts = {"attention": attention, "norm": layer.layer_norm, "dropout": layer.dropout, "crossed": crossed}
-    if attention.has_relative_attention_bias:
-        inner += (attention.relative_attention_bias,)
-    return Rule(level, inner, chain, facts)
+    return Rule(level, parts, chain, facts)
 
 
 def _rule_of_feed(name: str, layer: nn.Module, level: str) -> Rule:
     dense = layer.DenseReluDense
     gated = hasattr(dense, "wi_0")
-    linears = [dense.wi_0, dense.wi_1, dense.wo] if gated else [dense.wi, dense.wo]
-    for module in linears:
-        _check_linear(f"{name}.DenseReluDense", module)
-    rectified = not gated and type(dense.act) is nn.ReLU
+    linears = ("wi_0", "wi_1", "wo") if gated else ("wi", "wo")
+    parts = _parts(layer, "layer_norm", "dropout", "DenseReluDense") + _parts(dense, "act", "dropout", *linears)
+    _check_parts(name, parts, linears)
     facts = {"dense": dense, "norm": layer.layer_norm, "dropout": layer.dropout, "gated": gated}
-    facts["rectified"] = rectified
-    return Rule(level, (layer.layer_norm, layer.dropout, dense, dense.act, dense.dropout, *linears), facts=facts)
+    facts["rectified"] = not gated and type(dense.act) is nn.ReLU
+    return Rule(level, parts, facts=facts)
 
 
 def install(model: nn.Module, levels: dict[str, str], head: str) -> list[nn.Module]:
@@ -458,56 +491,55 @@ def install(model: nn.Module, levels: dict[str, str], head: str) -> list[nn.Modu
     for stack in _stacks(model):
         for item in stack.block:
             as_block = levels.get(names[id(item)]) == "block"
-            inner: tuple[nn.Module, ...] = ()
-            for layer in item.layer:
+            parts: tuple[Part, ...] = _parts(item, "layer")
+            facts: dict[str, Any] = {}
+            for index, layer in enumerate(item.layer):
                 name = names[id(layer)]
                 level = "entry" if as_block else levels.get(name, "core")
                 if level == "stock":
                     continue
+                own = _parts(item.layer, str(index))
+                _check_parts(f"{names[id(item)]}.layer", own, ())
+                parts += own
                 if hasattr(layer, "DenseReluDense"):
                     rule, method = _rule_of_feed(name, layer, level), feed_forward
                 else:
                     rule = _rule_of_attention(name, layer, level, chain if stack.is_decoder else None)
                     method = cross_attention if rule.facts["crossed"] else self_attention
-                inner += (layer, *rule.inner)
+                    facts = {"attention": rule.facts["attention"]}
+                parts += rule.parts
                 todo.append((layer, method, rule))
             if as_block:
-                todo.append((item, block, Rule("block", inner)))
+                todo.append((item, block, Rule("block", parts, facts=facts)))
         todo.append((stack.final_layer_norm, norm, Rule("core")))
         todo.append((stack.dropout, drop, Rule("core")))
     if type(model).__name__ in ("T5ForConditionalGeneration", "MT5ForConditionalGeneration") and head != "stock":
         todo += _head_rules(model, head, chain)
+    for module, _, _ in todo:
+        require_stock_forward(names[id(module)], module)
     for module, method, rule in todo:
-        module._bwsk = rule
-        module.forward = MethodType(method, module)
+        put(module, method, rule)
     return [module for module, _, _ in todo]
 
 
 def _head_rules(model: nn.Module, head: str, chain: Chain) -> list[tuple[nn.Module, Any, Rule]]:
     _check_linear("lm_head", model.lm_head)
-    found: list[tuple[nn.Module, Any, Rule]] = []
-    lookups = []
-    for stack in (model.encoder, model.decoder):
-        table = stack.embed_tokens
+    lookups = {id(stack.embed_tokens): stack.embed_tokens for stack in (model.encoder, model.decoder)}
+    for table in lookups.values():
         if type(table) is not nn.Embedding or table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
             raise BwskError(
                 f"make_reversible: embed_tokens is {type(table).__name__} with options that T5 does not use; "
                 "use a plain nn.Embedding"
             )
-        lookups.append(table)
-    shared = lookups[0].weight is lookups[1].weight
-    if shared:
-        seen = {id(table): table for table in lookups}
-        found += [(table, lookup, Rule("core", chain=chain)) for table in seen.values()]
-    tied = shared and model.lm_head.weight is lookups[0].weight
-    found.append((model.lm_head, projection, Rule("core", chain=chain, facts={"tied": tied})))
-    method = functools.wraps(type(model).forward)(conditional)
-    found.append((model, method, Rule(head, (model.lm_head,), chain=chain)))
+    found: list[tuple[nn.Module, Any, Rule]] = [
+        (table, lookup, Rule("core", chain=chain)) for table in lookups.values()
+    ]
+    found.append((model.lm_head, projection, Rule("core", chain=chain)))
+    found.append((model, conditional, Rule(head, _parts(model, "lm_head"), chain=chain)))
     return found
 
 
 def uninstall(modules: list[nn.Module]) -> None:
     """Take the forwards off again."""
     for module in modules:
-        module.__dict__.pop("forward", None)
-        module.__dict__.pop("_bwsk", None)
+        take_off(module)

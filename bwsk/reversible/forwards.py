@@ -1,0 +1,87 @@
+"""Forwards set on single modules: put on, told apart from other people's, taken off again.
+
+A module keeps its class; `forward` is set on the instance, where PyTorch looks first. Whoever wraps that forward later
+still calls it after undo, and gets the stock forward from it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bwsk.errors import BwskError
+
+
+class Installed:
+    """The forward of one module while it is reversible. An object, so that models can be copied and pickled."""
+
+    def __init__(self, method: Callable[..., Any], module: nn.Module) -> None:
+        self.method, self.module = method, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.method if is_ours(self.module) else type(self.module).forward
+        return run(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(stock_forward(self.module))
+
+
+def stock_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the module's class, bound to it."""
+    return type(module).forward.__get__(module)
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether `make_reversible` has set something up on this module."""
+    return "_bwsk" in module.__dict__
+
+
+def require_stock_forward(name: str, module: nn.Module) -> None:
+    """Raise `BwskError` where somebody else has set a forward on the module, which ours would replace."""
+    if "forward" in module.__dict__:
+        raise BwskError(
+            f"make_reversible: the forward of {name or 'the model'} has been replaced; "
+            "call make_reversible before what replaces it, such as accelerate's prepare or a device map"
+        )
+
+
+def put(module: nn.Module, method: Callable[..., Any], state: Any) -> None:
+    """Set `method` as the module's forward; it finds `state` as `_bwsk`."""
+    module._bwsk = state
+    module.forward = Installed(method, module)
+
+
+def take_off(module: nn.Module) -> Any:
+    """Undo `put` and return its state; a forward that others have set since then stays."""
+    if isinstance(module.__dict__.get("forward"), Installed):
+        del module.forward
+    return module.__dict__.pop("_bwsk", None)
+
+
+def globally_hooked() -> bool:
+    """Whether hooks for all modules are registered, which expect to see every single one."""
+    hooks = torch.nn.modules.module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether the module has hooks, beside those by which transformers collects hidden states and attentions.
+
+    Those stay on a model for good once outputs were asked for, and do nothing where none are.
+    """
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    hooks = module._forward_hooks
+    return bool(hooks) and any(
+        getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks.values()
+    )
