@@ -78,13 +78,18 @@ def _changed(rule: Rule) -> bool:
     )
 
 
-def _engaged(module: nn.Module, x: Tensor, *masks: Tensor | None, **kwargs: Any) -> bool:
-    """Whether this call is a training step that the rule covers; otherwise the stock forward runs."""
+def _engaged(module: nn.Module, x: Tensor, states: Tensor | None, *masks: Tensor | None, **kwargs: Any) -> bool:
+    """Whether this call is a training step that the rule covers; otherwise the stock forward runs.
+
+    Hidden states in another layout than the usual one are multiplied by other kernels where they need a gradient.
+    """
     if not module.training or not torch.is_grad_enabled():
         return False
     if kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
         return False
     if any(mask is not None and mask.requires_grad for mask in masks):
+        return False
+    if not x.is_contiguous() or (states is not None and not states.is_contiguous()):
         return False
     rule: Rule = module._bwsk
     attention = rule.facts.get("attention")
@@ -173,7 +178,7 @@ def _own_bias(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor | None
 @outside_compile
 def self_attention(self, hidden_states, attention_mask=None, position_bias=None, past_key_values=None, **kwargs):
     """T5LayerSelfAttention.forward while training."""
-    if not _engaged(self, hidden_states, attention_mask, past_key_values=past_key_values, **kwargs):
+    if not _engaged(self, hidden_states, None, attention_mask, past_key_values=past_key_values, **kwargs):
         return stock_forward(self)(
             hidden_states,
             attention_mask=attention_mask,
@@ -194,7 +199,7 @@ def cross_attention(
     self, hidden_states, key_value_states, attention_mask=None, position_bias=None, past_key_values=None, **kwargs
 ):
     """T5LayerCrossAttention.forward while training. The stock bias of zeros is neither made nor added."""
-    if not _engaged(self, hidden_states, attention_mask, past_key_values=past_key_values, **kwargs):
+    if not _engaged(self, hidden_states, key_value_states, attention_mask, past_key_values=past_key_values, **kwargs):
         return stock_forward(self)(
             hidden_states,
             key_value_states,
@@ -232,7 +237,7 @@ def _feed_call(layer: nn.Module, x: Tensor, level: str) -> FeedForwardCall:
 @outside_compile
 def feed_forward(self, hidden_states):
     """T5LayerFF.forward while training."""
-    if not _engaged(self, hidden_states):
+    if not _engaged(self, hidden_states, None):
         return stock_forward(self)(hidden_states)
     w = feedforward_weights(self)
     call = _feed_call(self, hidden_states, self._bwsk.level)
@@ -256,7 +261,7 @@ def block(
     x, states = hidden_states, encoder_hidden_states
     own, *middle, feed = self.layer
     plain = (
-        _engaged(self, x, attention_mask, encoder_attention_mask, past_key_values=past_key_values, **kwargs)
+        _engaged(self, x, states, attention_mask, encoder_attention_mask, past_key_values=past_key_values, **kwargs)
         and x.dtype is not torch.float16  # the stock block clamps float16 between its sublayers
         and (encoder_decoder_position_bias is None or not encoder_decoder_position_bias.requires_grad)
         and len(middle) == (states is not None)
@@ -310,7 +315,7 @@ class _NormNode(torch.autograd.Function):
 @outside_compile
 def norm(self, hidden_states):
     """T5LayerNorm.forward while training (the final norm of a stack)."""
-    if not _engaged(self, hidden_states):
+    if not _engaged(self, hidden_states, None):
         return stock_forward(self)(hidden_states)
     return _NormNode.apply(hidden_states, hidden_states, self.weight, self.variance_epsilon)
 
@@ -318,7 +323,7 @@ def norm(self, hidden_states):
 @outside_compile
 def drop(self, input):
     """nn.Dropout.forward while training (the dropouts at both ends of a stack)."""
-    if not _engaged(self, input) or self.inplace:
+    if not _engaged(self, input, None) or self.inplace:
         return stock_forward(self)(input)
     return dropout(input, self.p)
 
@@ -346,6 +351,8 @@ def projection(self, input):
         return stock_forward(self)(input)
     if chain.skip_projection:
         return input
+    if not input.is_contiguous():
+        return nn.functional.linear(input, chain.newest(self.weight))
     return ProjectionNode.apply(input, chain.newest(self.weight))
 
 

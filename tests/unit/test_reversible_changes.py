@@ -153,6 +153,17 @@ def test_a_mask_that_learns_gets_its_gradient(level):
     assert compare(run, level) == []
 
 
+@pytest.mark.parametrize("level", ["fast", "max"])
+@pytest.mark.parametrize("place", ["inputs_embeds", "encoder_outputs"])
+def test_hidden_states_in_another_layout(place, level):
+    def run(model):
+        states = torch.randn(1, 32, 5, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
+        given = {place: (states,) if place == "encoder_outputs" else states}
+        model(**given, labels=batch(1)["labels"][:1], use_cache=False).loss.backward()
+
+    assert compare(run, level, d_kv=7) == []
+
+
 @pytest.mark.parametrize("level", ["fast", "max", "entry", "qkv"])
 @pytest.mark.parametrize("form", ["relu", "gated-gelu"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
