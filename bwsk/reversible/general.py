@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -29,29 +29,50 @@ from bwsk.architecture import build
 from bwsk.errors import BwskError
 from bwsk.memory_step import example_inputs, faked, step_loss, stock_peak
 from bwsk.memory_tracker import Tracker
+from bwsk.reversible.forwards import globally_hooked, hooked, put, require_stock_forward, stock_forward, take_off
 from bwsk.reversible.loss import cross_entropy
 from bwsk.reversible.plan import Choice, Head, Plan, Row, Unit, met, parse_budget, solve, verdict
 
-_NAMES = {"eager": "bwsk_eager", "sdpa": "bwsk_sdpa"}
+_KINDS = ("eager", "sdpa")
+_NAME = "bwsk"
 _LEVELS = ("core", "block")
 
 
-def _attention(kind: str):
-    def run(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any):
-        plain = (
-            sys.modules[type(module).__module__].eager_attention_forward
-            if kind == "eager"
-            else ALL_ATTENTION_FUNCTIONS["sdpa"]
-        )
-        if not module.training or not torch.is_grad_enabled() or kwargs.get("output_attentions"):
-            return plain(module, query, key, value, attention_mask, **kwargs)
-        return checkpoint(plain, module, query, key, value, attention_mask, use_reentrant=False, **kwargs)
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+):
+    """The attention that the module's own config asks for, redone while it trains."""
+    kind = module._bwsk._attn_implementation
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    plain = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager)
+    redo = kind in _KINDS and module.training and torch.is_grad_enabled() and not kwargs.get("output_attentions")
+    if not redo:
+        return plain(module, query, key, value, attention_mask, **kwargs)
+    return _redone(plain, (), module, query, key, value, attention_mask, **kwargs)
 
-    return run
+
+ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
 
 
-for _kind, _name in _NAMES.items():
-    ALL_ATTENTION_FUNCTIONS.register(_name, _attention(_kind))
+def _redone(function: Callable[..., Any], weights: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, redone in the backward; `weights`: what it reads beside its arguments.
+
+    PyTorch's checkpoint redoes whatever is there by then; here tensors that changed in between are an error, as they
+    are for stock autograd.
+    """
+    read = [*weights, *(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))]
+    versions = [tensor._version for tensor in read]
+    begun = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if begun and versions != [tensor._version for tensor in read]:
+            raise BwskError(
+                "make_reversible: weights or inputs of a block were changed in place between forward and backward"
+            )
+        begun.append(True)
+        return function(*args, **kwargs)
+
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
 def _block(self, *args, **kwargs):
@@ -60,36 +81,48 @@ def _block(self, *args, **kwargs):
     A generation cache is on by default in transformers, in training too, and the layout that it gives to the keys shows
     in the rounding. The first forward fills it as ever; the second gets an empty one of its own.
     """
-    stock = type(self).forward.__get__(self)
+    stock = stock_forward(self)
     if not self.training or not torch.is_grad_enabled():
         return stock(*args, **kwargs)
-    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
-    if not caches:
-        return checkpoint(stock, *args, use_reentrant=False, **kwargs)
-    layer = next((m.layer_idx for m in self.modules() if getattr(m, "layer_idx", None) is not None), None)
-    if layer is None or type(caches[0]) is not DynamicCache or caches[0].get_seq_length(layer):
+    if globally_hooked() or any(hooked(inner) for inner in self.modules() if inner is not self):
         return stock(*args, **kwargs)
+    tensors = [*self.parameters(), *self.buffers()]
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+    if caches:
+        layer = next((m.layer_idx for m in self.modules() if getattr(m, "layer_idx", None) is not None), None)
+        if layer is None or type(caches[0]) is not DynamicCache or caches[0].get_seq_length(layer):
+            return stock(*args, **kwargs)
     calls = []
 
     def run(*args, **kwargs):
         calls.append(None)
         if len(calls) > 1:
+            if any(now is not then for now, then in zip((*self.parameters(), *self.buffers()), tensors, strict=True)):
+                raise BwskError("make_reversible: a block got other weights between forward and backward")
             empty = DynamicCache()
             args = [empty if isinstance(value, Cache) else value for value in args]
             kwargs = {key: empty if isinstance(value, Cache) else value for key, value in kwargs.items()}
         return stock(*args, **kwargs)
 
-    return checkpoint(run, *args, use_reentrant=False, **kwargs)
+    return _redone(run, tensors, *args, **kwargs)
 
 
-def _causal_loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch=None, shift_labels=None, **kwargs):
+def _causal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
     """transformers' causal language model loss; the plain mean keeps one copy of the logits."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     if num_items_in_batch is not None or shift_labels is not None or not torch.is_grad_enabled():
-        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, shift_labels=shift_labels, **kwargs)
-    shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous().view(-1).to(logits.device)
-    return cross_entropy(logits.float().view(-1, vocab_size), shifted, 64)
+        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+    shifted = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous().view(-1).to(logits.device)
+    return cross_entropy(logits.float().view(-1, vocab_size), shifted, 64, ignore_index)
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -112,7 +145,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
                     f"{kind}: {name} holds {type(inner).__name__}, whose state a second forward would change; "
                     "not supported"
                 )
-            if inner._forward_hooks or inner._forward_pre_hooks:
+            if hooked(inner):
                 raise BwskError(
                     f"{kind}: a forward hook on {type(inner).__name__} inside {name} would see the recomputation too; "
                     "remove it before make_reversible"
@@ -139,17 +172,17 @@ def install(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
     touched: list[nn.Module] = []
     for name, block in blocks(model).items():
         if levels.get(name) == "block":
-            block._bwsk = None
-            block.forward = MethodType(_block, block)
+            require_stock_forward(name, block)
+            put(block, _block, None)
             touched.append(block)
             continue
         for attention in attentions(block):
             kind = attention.config._attn_implementation
-            if kind not in _NAMES or getattr(attention.config, "reorder_and_upcast_attn", False):
+            if kind not in _KINDS or getattr(attention.config, "reorder_and_upcast_attn", False):
                 continue
             attention._bwsk = attention.config
             own = copy.copy(attention.config)
-            own._attn_implementation_internal = _NAMES[kind]
+            own._attn_implementation_internal = _NAME
             attention.config = own
             touched.append(attention)
     if getattr(model, "loss_type", None) == "ForCausalLM" and "_loss_function" not in model.__dict__:
@@ -162,11 +195,11 @@ def install(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
 def uninstall(modules: list[nn.Module]) -> None:
     """Take off what `install` set up."""
     for module in modules:
-        before = module.__dict__.pop("_bwsk", None)
+        before = take_off(module)
         if before is not None:
             module.config = before
-        module.__dict__.pop("forward", None)
-        module.__dict__.pop("_loss_function", None)
+        if module.__dict__.get("_loss_function") is _causal_loss:
+            del module._loss_function
 
 
 @dataclass
@@ -259,7 +292,7 @@ def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, le
 def plan_general(config: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
     """The plan for a config without an engine of its own: `shape` is (batch, input tokens, target tokens)."""
     attention = getattr(config, "_attn_implementation", None) or "eager"
-    attention = attention if attention in _NAMES else "eager"
+    attention = attention if attention in _KINDS else "eager"
     batch, ins, outs = shape
     seq2seq = bool(getattr(config, "is_encoder_decoder", False))
     lengths = (batch, ins, outs if seq2seq else None)

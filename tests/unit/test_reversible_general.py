@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 from bwsk import BwskError, make_reversible
+from bwsk.reversible import general
 from tests.unit.test_reversible_gradients import batch, differences, pair
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -137,3 +141,75 @@ def test_compiled_models_run_the_engine_eagerly():
         found.append([{n: p.grad for n, p in parameters.named_parameters()}])
     torch.compiler.reset()
     assert differences(*found) == []
+
+
+def whole_blocks(name: str, attention: str = "eager"):
+    """A stock model and a copy of it whose every block is redone as a whole."""
+    cls, config = MODELS[name]
+    torch.manual_seed(0)
+    stock = cls._from_config(copy.deepcopy(config), attn_implementation=attention).train()
+    ours = copy.deepcopy(stock)
+    general.install(ours, dict.fromkeys(general.blocks(ours), "block"))
+    return stock, ours
+
+
+def test_weights_changed_before_the_backward_are_reported():
+    """Redone with other weights, a block would give gradients of no step at all."""
+    _, ours = whole_blocks("bert")
+    loss = ours(**inputs_of("bert", 1)).loss
+    with torch.no_grad():
+        ours.bert.encoder.layer[1].intermediate.dense.bias.add_(1.0)
+    with pytest.raises(BwskError, match="changed in place"):
+        loss.backward()
+    weights = {name: weight.detach().clone().requires_grad_() for name, weight in ours.named_parameters()}
+    loss = torch.func.functional_call(ours, weights, (), inputs_of("bert", 1)).loss
+    with pytest.raises(BwskError, match="other weights"):
+        loss.backward()
+
+
+def test_hooks_that_come_later_fire_once():
+    found, counts = [], []
+    for model in whole_blocks("gpt2"):
+        calls = []
+        model.transformer.h[1].mlp.c_fc.register_forward_hook(lambda module, args, output, c=calls: c.append(module))
+        found.append(train(model, "gpt2", False))
+        counts.append(len(calls))
+    assert differences(*found) == []
+    assert counts == [3, 3]
+
+
+def test_another_ignored_label_is_respected():
+    found = []
+    for model in whole_blocks("gpt_neox"):
+        torch.manual_seed(1)
+        tokens = inputs_of("gpt_neox", 1)["input_ids"]
+        model(input_ids=tokens, labels=tokens, ignore_index=int(tokens[0, 3])).loss.backward()
+        found.append([{n: p.grad for n, p in model.named_parameters()}])
+    assert differences(*found) == []
+
+
+def test_another_attention_implementation_set_later_is_followed():
+    cls, config = MODELS["bert"]
+    torch.manual_seed(0)
+    stock = cls._from_config(copy.deepcopy(config), attn_implementation="eager")
+    ours = copy.deepcopy(stock)
+    make_reversible(ours, "fast", batch=3, input_length=9)
+    found = []
+    for model in (stock, ours):
+        model.set_attn_implementation("sdpa")
+        found.append(train(model, "bert", False))
+    assert differences(*found) == []
+
+
+def test_pickled_models_train_themselves():
+    stock, ours = whole_blocks("vit")
+    twin = pickle.loads(pickle.dumps(ours))
+    assert differences(train(stock, "vit", False), train(twin, "vit", False)) == []
+
+
+def test_layers_dropped_at_random_are_refused_by_name():
+    sizes = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_layerdrop": 0.3}
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=96, d_model=32, **sizes, **layers))
+    with pytest.raises(BwskError, match=r"BartForConditionalGeneration.*values"):
+        make_reversible(bart, batch=2, input_length=8)
