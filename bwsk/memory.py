@@ -78,7 +78,7 @@ def predict_memory(
     if budget is not None and mode != "reversible":
         raise BwskError(f"budget: found {budget!r} with mode {mode!r}; a budget belongs to mode 'reversible'")
     optimizer = optimizer or ("fused" if mode == "reversible" else "foreach")
-    budget = (budget or "fast") if mode == "reversible" else None
+    budget = "fast" if budget is None and mode == "reversible" else budget
     named = None if budget is None else str(budget)
     step = (model, batch, input_length, target_length, precision, attention)
     if isinstance(budget, float) and 0.0 < budget <= 1.0:

@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import PreTrainedConfig
 
 from bwsk.architecture import build
 from bwsk.errors import BwskError
 from bwsk.memory_tracker import MIB, Log, Tracker, cuda_rules
 
+# Attention scores of one head in a step, with room for heads and bytes below the largest size of a tensor.
+_MOST_SCORES = 2**48
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -96,9 +98,7 @@ def fake_step(
     model and the target length that counts, and may change how its step runs. Raises `BwskError` on arguments or
     models it cannot use.
     """
-    for name, value in (("batch", batch), ("input_length", input_length), ("target_length", target_length)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise BwskError(f"{name}: must be a whole number of at least 1, found {value!r}")
+    require_shape(batch, input_length, target_length)
     require_one_of("precision", precision, PRECISIONS)
     require_one_of("attention", attention, ("eager", "sdpa"))
     encoder_decoder = getattr(getattr(model, "config", model), "is_encoder_decoder", False)
@@ -125,6 +125,16 @@ def fake_step(
     return FakeStep(type(fake).__name__, target_length, tracker.log, weights, held, gradients, tracker.flops, sizes)
 
 
+def require_shape(batch: Any, input_length: Any, target_length: Any) -> None:
+    """Raise `BwskError` for sizes of a batch that are none; `target_length` may be None."""
+    for name, value in (("batch", batch), ("input_length", input_length), ("target_length", target_length)):
+        if (value is not None or name != "target_length") and (not isinstance(value, int) or value < 1):
+            raise BwskError(f"{name}: must be a whole number of at least 1, found {value!r}")
+    longest = max(input_length, target_length or 1)
+    if batch * longest**2 > _MOST_SCORES:
+        raise BwskError(f"batch: {batch} sequences of {longest} tokens are more than can be counted; give fewer")
+
+
 def require_one_of(name: str, value: Any, allowed: Any) -> None:
     """Raise `BwskError` for an argument that is not among the allowed ones."""
     if value not in allowed:
@@ -146,7 +156,13 @@ def faked(model: Any, attention: str) -> Iterator[nn.Module]:
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), cuda_rules():
         warnings.simplefilter("ignore")
         _materialise(fake)
-        yield fake.train()
+        try:
+            yield fake.train()
+        except DataDependentOutputException:
+            raise BwskError(
+                f"{type(fake).__name__}: what its training step computes depends on values, not on shapes alone "
+                "(such as layers dropped at random), so its memory cannot be predicted; not supported"
+            ) from None
 
 
 def _structure(model: Any, attention: str) -> nn.Module:

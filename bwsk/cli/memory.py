@@ -36,13 +36,9 @@ def plan(
     """
     from bwsk.architecture import load_config
     from bwsk.cli.tables import plan_tables
-    from bwsk.errors import BwskError
     from bwsk.reversible.handle import curve_of, plan_of
 
     shape = (batch, input_length, input_length if target_length is None else target_length)
-    for name, size in zip(("batch", "input", "target"), shape, strict=True):
-        if size < 1:
-            raise BwskError(f"{name}: must be a whole number of at least 1, found {size}")
     config = load_config(model)
     found = plan_of(config, _number(budget), shape, precision)
     points = curve_of(config, shape, precision)

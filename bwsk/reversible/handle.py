@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from bwsk.errors import BwskError
-from bwsk.memory_step import PRECISIONS, require_one_of, stock_peak
+from bwsk.memory_step import PRECISIONS, require_one_of, require_shape, stock_peak
 from bwsk.reversible import general, t5, t5_costs
 from bwsk.reversible.plan import NAMED, Plan, met, parse_budget, solve
 
@@ -91,9 +91,7 @@ def _shape(budget: Any, batch: int | None, input_length: int | None, target_leng
         )
     if None in given:
         raise BwskError("make_reversible: give batch= and input_length= together (and target_length=), or neither")
-    for name, value in (("batch", batch), ("input_length", input_length), ("target_length", target_length)):
-        if value is not None and value < 1:
-            raise BwskError(f"{name}: must be at least 1, found {value}")
+    require_shape(batch, input_length, target_length)
     return batch, input_length, target_length or input_length
 
 
@@ -123,6 +121,7 @@ def plan_t5(
 
 def plan_of(config: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
     """The plan for a config of any supported architecture: `shape` is (batch, input tokens, target tokens)."""
+    require_shape(*shape)
     if config.model_type in t5.FAMILY:
         return plan_t5(config, budget, shape, precision)
     return general.plan_general(config, budget, shape, precision)

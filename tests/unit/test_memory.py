@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from bwsk import BwskError, predict_memory
 from bwsk.memory import largest_batch
+from bwsk.reversible.handle import plan_of
 
 STEP = {"batch": 4, "input_length": 256, "target_length": 256}
 
@@ -70,7 +71,6 @@ def test_growth_with_the_batch(small, budget, limits):
 
 def test_the_plan_foretells_the_step(small):
     """The plan's arithmetic and the run on fake tensors are two ways to the same number."""
-    from bwsk.reversible.handle import plan_of
     from bwsk.reversible.plan import MIB
 
     for budget, shape in (("fast", (4, 256, 256)), ("max", (16, 256, 256)), ("max", (4, 512, 128))):
@@ -128,6 +128,8 @@ def test_largest_batch_is_the_largest(tiny):
         ({"mode": "magic"}, "conventional"),
         ({"precision": "int8"}, "fp32"),
         ({"batch": 0}, "batch"),
+        ({"batch": 10**20}, "more than can be counted"),
+        ({"mode": "reversible", "budget": 0.0}, "fraction"),
         ({"budget": "max"}, "mode 'reversible'"),
         ({"optimizer": "sgd"}, "foreach"),
         ({"attention": "flash"}, "eager"),
@@ -150,6 +152,14 @@ def test_a_fraction_is_the_one_that_make_reversible_plans_with(tiny):
     assert fraction.peak_mib == size.peak_mib
     # The file names the budget, also where the plan is the same: DVC retrains by its bytes.
     assert {**fraction.to_json(), "budget": size.budget} == size.to_json() != fraction.to_json()
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"), [((0, 8, 8), "batch"), ((2, 8, 0), "target_length"), ((10**20, 8, 8), "counted")], ids=str
+)
+def test_plans_of_no_batch_are_refused(tiny, shape, words):
+    with pytest.raises(BwskError, match=words):
+        plan_of(tiny, "fast", shape)
 
 
 def test_commands_write_what_they_print(tmp_path, tiny):
