@@ -17,14 +17,17 @@ from bwsk.reversible.plan import NAMED, Plan, met, parse_budget, solve
 DEFAULT_SHAPE = (4, 256, 256)
 
 
-@dataclass
+@dataclass(repr=False)
 class Reversible:
     """A model whose training steps follow `plan`; `undo()` gives the stock model back."""
 
     model: nn.Module
     plan: Plan
-    _touched: list[nn.Module] = field(default_factory=list, repr=False)
-    _uninstall: Callable[[list[nn.Module]], None] | None = field(default=None, repr=False)
+    _touched: list[nn.Module] = field(default_factory=list)
+    _uninstall: Callable[[list[nn.Module]], None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Reversible {type(self.model).__name__}, {self.plan!r}>"
 
     def undo(self) -> nn.Module:
         """Restore the stock forward of every module; returns the model. Calling it again does nothing."""

@@ -118,7 +118,7 @@ class Row:
     flops: int
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """Levels per module and the predicted course of memory; all sizes in bytes."""
 
@@ -130,6 +130,10 @@ class Plan:
     describe: Callable[[Plan], list[Row]] | None = None
     guarantee: str = "bit-identical"
     notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        figures = f"{self.peak / MIB:,.0f} MiB at the peak (predicted), {self.overhead:+.1%} FLOPs"
+        return f"<Plan {self.budget.name}: {figures}, {self.guarantee}>"
 
     @property
     def choices(self) -> list[Choice]:

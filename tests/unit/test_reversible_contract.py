@@ -31,6 +31,8 @@ T5_SMALL = {
 def test_undo_gives_the_stock_model_back():
     stock, ours = pair()
     handle = make_reversible(ours, "max")
+    assert repr(handle).startswith("<Reversible T5ForConditionalGeneration, <Plan max: ")
+    assert len(repr(handle)) < 200
     assert any("forward" in module.__dict__ for module in ours.modules())
     assert handle.undo() is ours
     assert not any("forward" in m.__dict__ or hasattr(m, "_bwsk") for m in ours.modules())
