@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from bwsk.budget import parse_budget
 from bwsk.errors import BwskError
 
 Init = Literal["finetune", "scratch"]
@@ -33,15 +34,22 @@ def _is_plain_path(path: str) -> str:
     return path
 
 
-def _is_no_quoted_number(budget: str | float) -> str | float:
-    """A fraction has one spelling, by which the engines agree whether it has changed."""
-    try:
-        text = isinstance(budget, str) and math.isfinite(float(budget))
-    except ValueError:
-        text = False
-    if text:
+def _is_budget(budget: str | float) -> str | float:
+    if isinstance(budget, str) and _is_number(budget):
+        # A fraction has one spelling, by which the engines agree whether it has changed.
         raise ValueError("must be a number without quotes (YAML reads 3e-1 as a text: 3.0e-1)")
+    try:
+        parse_budget(budget, lambda: 1.0)
+    except BwskError:
+        raise ValueError("must be fast, balanced, max, a fraction in (0, 1] or a size such as 900MiB") from None
     return budget
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 PathText = Annotated[str, AfterValidator(_is_plain_path)]
@@ -181,7 +189,7 @@ class TrainParams(_Section):
     patience: Positive = Field(default=3, description="Validations in a row without a new best before stopping.")
     checkpoint_every: Positive = Field(default=500, description="Steps between checkpoints.")
     log_every: Positive = Field(default=50, description="Steps per point of the loss curve.")
-    budget: Annotated[str | float, AfterValidator(_is_no_quoted_number)] = Field(
+    budget: Annotated[str | float, AfterValidator(_is_budget)] = Field(
         default="fast", description="Memory budget of the reversible engine."
     )
     deterministic: bool = Field(default=True, description="Deterministic kernels; same inputs, same bytes.")

@@ -26,12 +26,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bwsk.architecture import build
+from bwsk.budget import parse_budget
 from bwsk.errors import BwskError
 from bwsk.memory_step import example_inputs, faked, step_loss, stock_peak
 from bwsk.memory_tracker import Tracker
 from bwsk.reversible.forwards import globally_hooked, hooked, put, require_stock_forward, stock_forward, take_off
 from bwsk.reversible.loss import cross_entropy
-from bwsk.reversible.plan import Choice, Head, Plan, Row, Unit, met, parse_budget, solve, verdict
+from bwsk.reversible.plan import Choice, Head, Plan, Row, Unit, met, solve, verdict
 
 _KINDS = ("eager", "sdpa")
 _NAME = "bwsk"

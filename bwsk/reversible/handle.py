@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from bwsk.budget import NAMED, parse_budget
 from bwsk.errors import BwskError
 from bwsk.memory_step import PRECISIONS, require_one_of, require_shape, stock_peak
 from bwsk.reversible import general, t5, t5_costs
-from bwsk.reversible.plan import NAMED, Plan, met, parse_budget, solve
+from bwsk.reversible.plan import Plan, met, solve
 
 # The batch that a named budget is planned for when none is given: the published study's.
 DEFAULT_SHAPE = (4, 256, 256)

@@ -127,6 +127,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("train.warmup", 1.5, "train.warmup: found 1.5, must be less than 1"),
     ("train.lr_scratch", "3e-4", "train.lr_scratch: found the text '3e-4', must be a number (YAML reads 3e-4 as"),
     ("train.budget", "0.5", "train.budget: found '0.5', must be a number without quotes (YAML reads 3e-1 as a text"),
+    ("train.budget", "tiny", "train.budget: found 'tiny', must be fast, balanced, max, a fraction in (0, 1] or a size"),
+    ("train.budget", 1.5, "train.budget: found 1.5, must be fast, balanced, max, a fraction in (0, 1] or a size"),
     ("train.lr_scratch", math.nan, "train.lr_scratch: found nan, must be"),
     ("train.lr_scratch", math.inf, "train.lr_scratch: found inf, must be a finite number"),
     ("train.lr_scratch", 0.0, "train.lr_scratch: found 0.0, must be greater than 0"),

@@ -56,7 +56,7 @@ def test_nothing_is_touched_by_nothing() -> None:
         ({"variants": {"inits": ["scratch"], "modes": ["conventional"]}}, None),
         ({"train": {"lr_finetune": 0.5}}, {variant for variant in VARIANTS if variant.startswith("finetune")}),
         ({"train": {"lr_scratch": 0.5}}, {variant for variant in VARIANTS if variant.startswith("scratch")}),
-        ({"train": {"budget": "half"}}, {variant for variant in VARIANTS if variant.endswith("reversible")}),
+        ({"train": {"budget": "max"}}, {variant for variant in VARIANTS if variant.endswith("reversible")}),
         ({"train": {"weight_decay": 0.5}}, set(VARIANTS)),
         ({"train": {"threads": 2}}, {"base", *VARIANTS}),
         ({"seed": 1}, {"base", *VARIANTS}),

@@ -1,0 +1,56 @@
+"""Budgets of a reversible training step: what may be asked for, by name, as a fraction or as a size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bwsk.errors import BwskError
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of a size with a unit, such as "900 MiB" or "8GB"; raises `BwskError` otherwise."""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmg]i?b|b)", text.strip().lower())
+    if found is None:
+        raise BwskError(f"size: found {text!r}; give a number and a unit, such as 900MiB or 8GB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was asked for: a cap in bytes, or a cap on FLOPs as a fraction of a step; `head` is exact or chunked."""
+
+    name: str
+    cap: int | None = None
+    flops: float | None = None
+    head: str = "exact"
+
+
+NAMED = {
+    "fast": Budget("fast", flops=0.02),
+    "balanced": Budget("balanced", flops=0.03, head="chunked"),
+    "max": Budget("max"),
+}
+
+
+def parse_budget(budget: str | float | None, stock_peak: Callable[[], float]) -> Budget:
+    """The budget that is meant; `stock_peak()` gives the stock step's peak in bytes, for fractions."""
+    if isinstance(budget, str) and budget in NAMED:
+        return NAMED[budget]
+    if isinstance(budget, str):
+        text = budget.strip()
+        try:
+            budget = float(text)
+        except ValueError:
+            try:
+                return Budget(text, cap=size_in_bytes(text))
+            except BwskError:
+                raise BwskError(
+                    f"budget: found {text!r}; give fast, balanced, max, a fraction such as 0.6 or a size such as 900MiB"
+                ) from None
+    if isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0.0 < budget <= 1.0:
+        return Budget(f"{budget:g} of the stock peak", cap=int(budget * stock_peak()))
+    raise BwskError(f"budget: found {budget!r}; a number must be a fraction in (0, 1], a size needs a unit (900MiB)")
