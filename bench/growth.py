@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.axes import log_log
 from bench.rivals import T5_SMALL, config
 from bench.run import compare, load_average, machine
 
@@ -95,9 +96,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 if found:
                     plot.plot(*zip(*found, strict=True), marker="o", ms=3.5, lw=1.5, color=colour, label=rival)
             at = sorted({row[axis] for row in result["rows"] if row["axis"] == axis})
-            plot.set(xscale="log", yscale="log", xlabel=label, ylabel=what)
-            plot.set_xticks(at, [str(value) for value in at])
-            plot.minorticks_off()
+            plot.set(xlabel=label, ylabel=what)
+            if at:
+                log_log(plot, at)
             plot.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(fontsize=8, frameon=False)
     figure.suptitle(f"T5-small, {result['precision']}, {result['machine']['device']}", fontsize=10)

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.axes import log_log
 from bench.rivals import RIVALS, Rival, autocast, batch_of, config, running
 from bwsk.memory import predict_memory
 from bwsk.reversible.handle import curve_of
@@ -159,9 +160,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
                     name, "-"
                 )
                 axis.plot(at, [p[name] / 1024 for p in points], marker="o", ms=3, lw=1.4, label=name, **style)
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="predicted peak, GiB", title=f"growth with {kind}")
-        axis.set_xticks(at, [str(a) for a in at])
-        axis.minorticks_off()
+        axis.set(xlabel=label, ylabel="predicted peak, GiB", title=f"growth with {kind}")
+        log_log(axis, at)
         axis.legend(fontsize=8, frameon=False)
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
