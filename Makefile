@@ -76,6 +76,8 @@ test-dvc: $(STAMP) ## The tests of versioning: git, DVC, Snakemake and remotes, 
 bench: $(STAMP) ## Measure steps, evaluation and memory side by side, into build/bench (BENCH=… for options of bench/run.py)
 	$(BIN)/python bench/run.py build/bench $(BENCH)
 	$(BIN)/python bench/memory.py --json build/bench/memory.json
+	$(BIN)/python bench/growth.py build/bench
+	$(BIN)/python bench/workflow.py build/bench
 
 .PHONY: schema
 schema: $(STAMP) ## Generate what is generated: the schema of params.yaml, DVC's stages of both studies

@@ -90,7 +90,7 @@ def compare(rival: str, precision: str, args: argparse.Namespace, options: list[
     """Rows of the plain loop and of one rival, measured in turns."""
     pair = [Worker("plain", precision, options), Worker(rival, precision, options)]
     try:
-        for worker in pair:
+        for worker in pair if args.warm else ():
             worker.ask(do="steps", count=args.warm)
         bursts = _in_turns(pair, args.rounds, do="steps", count=args.steps)
         ratios = {key: _ratio(bursts, rival, key) for key in ("ms", "cpu_ms")}
