@@ -386,7 +386,7 @@ PUBLISHING: list[Bad] = [
     Bad("classify nowhere", lambda: None, "classify ./nowhere", "nowhere"),
     Bad("memory of no batch", lambda: None, "memory build/base/config.json --batch 0", "batch: must be"),
     Bad("plan of no batch", lambda: None, "plan build/base/config.json --batch -1", "batch: must be"),
-    Bad("plan of no target", lambda: None, "plan build/base/config.json --target 0", "target: must be"),
+    Bad("plan of no target", lambda: None, "plan build/base/config.json --target 0", "target_length: must be"),
     Bad("budget unknown", lambda: None, "plan build/base/config.json --budget tiny", "budget: found 'tiny'"),
     Bad("evaluate no text", lambda: None, "evaluate results/finetune-conventional --text no.txt --gpus 0", "no.txt"),
 ]
