@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,12 @@ def main() -> None:
     args = parser.parse_args()
     args.windows, args.profile = 0, False
     args.out.mkdir(parents=True, exist_ok=True)
-    models = {}
-    for name in MODELS:
-        path = args.out / "models" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({**T5_SMALL, **MODELS[name], "model_type": "t5"}), encoding="utf-8")
-        models[name] = str(path)
     load = load_average()
+    with tempfile.TemporaryDirectory() as place:
+        models = {name: str(Path(place) / f"{name}.json") for name in MODELS}
+        for name, path in models.items():
+            Path(path).write_text(json.dumps({**T5_SMALL, **MODELS[name], "model_type": "t5"}), encoding="utf-8")
+        rows = measure(args, models)
     result = {
         "command": " ".join(["python", "bench/growth.py", *sys.argv[1:]]),
         "precision": args.precision,
@@ -145,7 +145,7 @@ def main() -> None:
         "rounds": args.rounds,
         "steps_per_burst": args.steps,
         "machine": machine(args.device),
-        "rows": measure(args, models),
+        "rows": rows,
         "load_average": {"before": load, "after": load_average()},
     }
     path = args.out / f"growth-{args.device}.json"
