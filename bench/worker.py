@@ -36,7 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.rivals import config
+from bench.rivals import autocast, config
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 WINDOW, STRIDE = 512, 128
@@ -160,7 +160,7 @@ def plain_evaluation(model: Any, precision: str) -> Callable[[int], float]:
         tokens, starts = _windows(model, windows)
         model.eval()
         began = time.perf_counter()
-        with torch.no_grad(), _autocast(device, precision):
+        with torch.no_grad(), autocast(model, precision):
             for start in starts:
                 window = torch.from_numpy(tokens[start : start + WINDOW])[None].to(device)
                 model(input_ids=window[:, : WINDOW // 2], labels=window[:, WINDOW // 2 :].contiguous()).loss.item()
@@ -169,11 +169,6 @@ def plain_evaluation(model: Any, precision: str) -> Callable[[int], float]:
         return windows / elapsed
 
     return run
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
 def plain(gate: Gate, model: Any, source: Any, precision: str, checkpointing: bool) -> None:
@@ -187,7 +182,7 @@ def plain(gate: Gate, model: Any, source: Any, precision: str, checkpointing: bo
     while True:
         gate.begin()
         optimizer.zero_grad()
-        with _autocast(device, precision):
+        with autocast(model, precision):
             loss = model(**next(source)).loss
         if torch.isnan(loss) or torch.isinf(loss):
             raise SystemExit("bench/worker: the plain loop's loss is not finite")
