@@ -124,24 +124,24 @@ found = (end - libc.sbrk(0)) / 2**20
 
 
 @GLIBC
-def test_the_heap_does_not_grow_from_step_to_step() -> None:
-    """Aligned blocks of many sizes, also above what the heap keeps, in an order that changes from round to round."""
-    found = answer("""
-import random
+def test_the_heap_does_not_grow_by_large_blocks() -> None:
+    """An aligned block above what the heap takes, then a small one that stays behind it: the hole fits none like it."""
+    code = """
+import ctypes
 from bwsk.processor import keep_freed_memory
 keep_freed_memory()
-random.seed(0)
+{settings}
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 2**20
-sizes = [2**20 * s for s in (1, 2, 2, 8, 8, 24, 31, 31, 40, 100)]
-found = []
-for _ in range(100):
-    random.shuffle(sizes)
-    blocks = [torch.ones(size // 4) for size in sizes]
-    random.shuffle(blocks)
-    while blocks:
-        blocks.pop()
-    found.append(resident())
-""")
-    assert max(found[50:]) <= 1.1 * max(found[:50])
+stay = []
+start = resident()
+for _ in range(20):
+    block = torch.ones(40 << 18)
+    stay.append(torch.ones(256))
+    del block
+found = resident() - start
+"""
+    unmapped = "ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: every block on the heap"
+    assert answer(code.format(settings="")) < 60
+    assert answer(code.format(settings=unmapped)) > 400
