@@ -125,12 +125,13 @@ found = (end - libc.sbrk(0)) / 2**20
 
 @GLIBC
 def test_the_heap_does_not_grow_by_large_blocks() -> None:
-    """An aligned block above what the heap takes, then a small one that stays behind it: the hole fits none like it."""
-    code = """
-import ctypes
+    """A block above what the heap takes, then one that stays behind it: on the heap, no hole would fit the next.
+
+    With every block on the heap (M_MMAP_MAX 0) glibc 2.36 grows by hundreds of MiB here, newer ones may not.
+    """
+    found = answer("""
 from bwsk.processor import keep_freed_memory
 keep_freed_memory()
-{settings}
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 2**20
@@ -138,10 +139,8 @@ stay = []
 start = resident()
 for _ in range(20):
     block = torch.ones(40 << 18)
-    stay.append(torch.ones(256))
+    stay.append(torch.ones(1 << 18))
     del block
 found = resident() - start
-"""
-    unmapped = "ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: every block on the heap"
-    assert answer(code.format(settings="")) < 60
-    assert answer(code.format(settings=unmapped)) > 400
+""")
+    assert found < 100
