@@ -1,12 +1,14 @@
 """The command line: the only part of bwsk that touches argv, and the seam that the workflow calls.
 
-`main` turns a `BwskError`, and what the operating system refuses, into one line on standard error and exit status 1.
+`main` turns a `BwskError`, and what the operating system refuses, into one line on standard error and exit status 1;
+what is no command of bwsk's, into such a line and exit status 2.
 """
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import Any
 
 # One module per group of commands; importing it registers its commands, in the order that `bwsk --help` shows.
 GROUPS = ("models", "memory", "data", "study", "publish", "versions", "tools")
@@ -14,13 +16,20 @@ GROUPS = ("models", "memory", "data", "study", "publish", "versions", "tools")
 
 def main() -> None:
     """Run the `bwsk` command with `sys.argv`; exits the process."""
+    import typer
+
     from bwsk.cli.app import app
     from bwsk.errors import BwskError
 
     for group in GROUPS:
         import_module(f"bwsk.cli.{group}")
     try:
-        app()
+        # Not standalone, where typer draws its errors as boxes.
+        status = app(sys.argv[1:] or ["--help"], prog_name="bwsk", standalone_mode=False)
+        sys.exit(status if sys.argv[1:] else 2)
+    except typer.BadParameter.__base__ as error:  # UsageError, for which typer has no public name
+        print(f"bwsk: error: {_usage(error)}", file=sys.stderr)
+        sys.exit(2)
     except BwskError as error:
         print(f"bwsk: error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -37,3 +46,17 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         print(f"bwsk: error: {where}{error.strerror or error}; free space or set rights, then again", file=sys.stderr)
         sys.exit(1)
+
+
+def _usage(error: Any) -> str:
+    """A command line that cannot be parsed, as one line: the option, what was found, and whose help to read."""
+    if hasattr(error.__cause__, "errors"):  # of pydantic, by which typer converts values; typer leaves out the value
+        first = error.__cause__.errors()[0]
+        rule = first["msg"].partition(" should ")[2].partition(", unable")[0]
+        error.message = f"found {first['input']!r:.80}, must {rule}"
+    found = " ".join(error.format_message().split()).removeprefix("Invalid value for ")
+    found = found.rstrip(".?").replace("'. Did", "', did")
+    # Where an option has no value or one too many, typer does not tell the command: it is the first word.
+    words = ["bwsk", *(word for word in sys.argv[1:2] if not word.startswith("-"))]
+    command = error.ctx.command_path if error.ctx else " ".join(words)
+    return f"{found[0].lower()}{found[1:]}; see: {command} --help"

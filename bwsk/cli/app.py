@@ -16,7 +16,6 @@ LOOK = "Look"
 app = typer.Typer(
     name="bwsk",
     help="Classify neural networks into S-type and K-type operations, and train with less memory by it.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

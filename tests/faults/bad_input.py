@@ -1,7 +1,8 @@
 """The table of malformed inputs: to add one, add a line.
 
 A case names what is broken (`break_it` changes a copy of the tiny study, which is the working directory), the command
-that meets it, and what its one line must say. `PARAMS` is shorter still: a key, its value, what must be said.
+that meets it, and what its one line must say. `PARAMS` and `COMMANDS` are shorter still: a key and its value, or a
+command line, and what must be said.
 """
 
 from __future__ import annotations
@@ -341,9 +342,22 @@ TRAINING: list[Bad] = [
     Bad("curves is a file", put_file("build/curves/v", "x"), TRAIN, "build/curves/v: is a file"),
     Bad("checkpoints is a file", put_file("build/checkpoints", "x"), TRAIN, "checkpoints.*: cannot be written"),
     Bad("checkpoint disk full", lambda: None, SCRATCH, "step-.*: cannot be written .*earlier.*intact", limit=100_000),
-    Bad("no such option", lambda: None, "train scratch-conventional --outt x", "No such option", status=2),
-    Bad("no such command", lambda: None, "trian", "No such command", status=2),
-    Bad("gpus negative", lambda: None, f"{SCRATCH} --gpus -1", "Invalid value", status=2),
+]
+
+# Command line, what the line says before it names the help, and the command whose help that is.
+COMMANDS: list[tuple[str, str, str]] = [
+    ("memory model --batch foo", "'--batch' / '-b': found 'foo', must be a valid integer", " memory"),
+    ("train scratch-conventional --outt x", "no such option: --outt (Possible options: --out)", " train"),
+    ("trian", "no such command 'trian', did you mean 'train'", ""),
+    ("train scratch-conventional --out", "option '--out' requires an argument", " train"),
+    ("train scratch-conventional", "missing option '--out'", " train"),
+    ("memory", "missing argument 'model'", " memory"),
+    ("memory one two three", "got unexpected extra argument(s) (two three)", " memory"),
+    ("stages --check=yes", "option '--check' does not take a value", " stages"),
+    ("--version=3", "option '--version' does not take a value", ""),
+    (f"{SCRATCH} --gpus -1", "'--gpus': found '-1', must be greater than or equal to 0", " train"),
+    (f"memory model --batch {'1' * 4999}x", "'--batch' / '-b': found '1111", " memory"),
+    ("no-\x1b[31m", "no such command 'no-\\x1b[31m'", ""),
 ]
 
 VARIANT = "results/finetune-conventional"

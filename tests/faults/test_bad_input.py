@@ -61,18 +61,16 @@ def refused(server: Server, root: Path, case: Bad, tmp_path: Path, monkeypatch: 
     said = log.read_text(errors="replace")
     assert "Traceback" not in said, said
     assert told["status"] == case.status, said
-    if case.status == 1:
-        errors = [line for line in said.splitlines() if "error:" in line]
-        assert len(errors) == 1, said
-        assert said.splitlines()[-1] == errors[0], said
-        assert errors[0].startswith("bwsk: error: ")
-        assert len(errors[0]) < 700, errors[0]
-        said = errors[0]
-    assert re.search(case.says, said), said
+    errors = [line for line in said.splitlines() if "error:" in line]
+    assert len(errors) == 1, said
+    assert said.splitlines()[-1] == errors[0], said
+    assert errors[0].startswith("bwsk: error: ")
+    assert len(errors[0]) < 700, errors[0]
+    assert re.search(case.says, errors[0]), said
     after = tree(root)
     if case.limit is None or "step-" not in case.says:
         assert after == before, {name for name in {**before, **after} if before.get(name) != after.get(name)}
-    return said
+    return errors[0]
 
 
 @pytest.mark.parametrize("case", some_quick(YAML + TEXT))
@@ -117,6 +115,19 @@ def test_training(case: Bad, server, unbroken, tmp_path, monkeypatch, figures: C
     root = shutil.copytree(unbroken, tmp_path / "study")
     refused(server, root, case, tmp_path, monkeypatch)
     assert "train finetune" not in (tmp_path / "log").read_text()  # no step was taken
+    figures["malformed inputs"] += 1
+
+
+@pytest.mark.parametrize(
+    ("command", "says", "whose"),
+    [pytest.param(*row, id=row[1][:50], marks=() if n < 3 else full) for n, row in enumerate(bad_input.COMMANDS)],
+)
+def test_command_line(command, says, whose, server, tmp_path, monkeypatch, figures: Counter[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    case = Bad(command, lambda: None, command, re.escape(says), status=2)
+    line = refused(server, tmp_path / "empty", case, tmp_path, monkeypatch)
+    assert line.startswith(f"bwsk: error: {says}")
+    assert line.endswith(f"; see: bwsk{whose} --help")
     figures["malformed inputs"] += 1
 
 
