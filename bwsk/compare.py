@@ -75,29 +75,6 @@ def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
     return found + _compared("claims", *verdicts)
 
 
-def table(found: list[Change], a: str, b: str) -> Any:
-    """The changes as a rich table, grouped."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
-    result = Table("", "", escape(a), escape(b), "change", header_style="bold", box=SIMPLE_HEAD)
-    previous = None
-    for change in found:
-        if previous not in (None, change.group):
-            result.add_section()
-        relative = "" if change.relative is None else f"{100 * change.relative:+.2f} %"
-        group = change.group if change.group != previous else ""
-        result.add_row(
-            escape(group),
-            escape(change.name),
-            *(escape(_shown(change, value)) for value in (change.a, change.b)),
-            relative,
-        )
-        previous = change.group
-    return result
-
-
 def _figures(variant: dict[str, Any] | None) -> dict[str, Any]:
     if variant is None:
         return {}
@@ -107,14 +84,6 @@ def _figures(variant: dict[str, Any] | None) -> dict[str, Any]:
 
 def _compared(group: str, a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
     return [Change(group, key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)]
-
-
-def _shown(change: Change, value: Any) -> str:
-    if value is None:
-        return "—"
-    if change.name in FIGURES and isinstance(value, (int, float)):
-        return f"{value:,.{FIGURES[change.name]}f}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from bwsk.corpus import decode_text, split_lines
 from bwsk.device import check_precision, configure, device_name, pick_device
 from bwsk.errors import BwskError
 from bwsk.faults import keep_projection_out_of_float16
-from bwsk.files import read_json, sha256_file, write_json
+from bwsk.files import read_json, sha256_file
 from bwsk.model import load_model
 from bwsk.params import EvaluateParams, Params, TokensParams
 from bwsk.perplexity import Perplexity, evaluation_starts, perplexity
@@ -106,22 +104,6 @@ def evaluate_text(
         **asdict(result),
         "provenance": {"device": device_name(device), "versions": versions()},
     }
-
-
-def report(result: dict[str, Any], json_file: Path | None) -> None:
-    """Print a result as a table and, if a file is named, write it as strict JSON."""
-    table = Table("split", "published perplexity", "token perplexity", "bits per byte", "windows")
-    for split, figures in result["splits"].items():
-        table.add_row(
-            split,
-            f"{figures['published_perplexity']:.4f}",
-            f"{figures['token_perplexity']:.4f}",
-            f"{figures['bits_per_byte']:.4f}",
-            f"{figures['n_windows']:,}",
-        )
-    Console().print(table)
-    if json_file is not None:
-        write_json(json_file, result)
 
 
 def metrics(result: dict[str, Any], trained: dict[str, Any]) -> dict[str, float]:

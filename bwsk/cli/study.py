@@ -99,6 +99,7 @@ def evaluate(
     On any text (--text), or on a study's validation and test split (--params).
     """
     from bwsk import evaluate as evaluation
+    from bwsk.cli.tables import evaluation_table
     from bwsk.errors import BwskError
     from bwsk.files import read_json, write_json
     from bwsk.params import EvaluateParams, load_params
@@ -112,7 +113,9 @@ def evaluate(
         result = evaluation.evaluate_variant(load_params(params_file), model, tokens, gpus)
         if metrics is not None:
             write_json(metrics, evaluation.metrics(result, read_json(model / "training_results.json")))
-    evaluation.report(result, json_file)
+    evaluation_table(result["splits"])
+    if json_file is not None:
+        write_json(json_file, result)
 
 
 def _say(text: str) -> None:

@@ -1,14 +1,21 @@
-"""What the commands plan and memory print."""
+"""What the commands plan, memory, evaluate and compare print."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
-from bwsk.card import number
+from rich.markup import escape
+
+from bwsk.card import ABSENT, number
 from bwsk.cli.output import console, numbers, say, table
-from bwsk.memory import Prediction
-from bwsk.reversible.plan import MIB, Plan, Row
+from bwsk.compare import FIGURES, Change
 
+if TYPE_CHECKING:  # these import torch, for which compare need not wait
+    from bwsk.memory import Prediction
+    from bwsk.reversible.plan import Plan, Row
+
+MIB = 2**20
 _KINDS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -72,6 +79,39 @@ def plan_tables(
         sizes = (number(size / MIB, digits) for size in (point.peak, point.kept))
         shown.add_row(*sizes, f"{point.overhead:+.1%}", bar)
     out.print(shown)
+
+
+def evaluation_table(splits: dict[str, dict[str, Any]]) -> None:
+    """Print the perplexities of each split."""
+    shown = table("split")
+    numbers(shown, "published\nperplexity", "token\nperplexity", "bits\nper byte", "windows")
+    for split, found in splits.items():
+        figures = (found[key] for key in ("published_perplexity", "token_perplexity", "bits_per_byte"))
+        shown.add_row(split, *(number(figure, 4) for figure in figures), f"{found['n_windows']:,}")
+    console().print(shown)
+
+
+def compare_table(changes: list[Change], a: str, b: str) -> None:
+    """Print what differs between the sides called `a` and `b`, grouped."""
+    shown = table("", "", escape(a), escape(b), "change")
+    previous = None
+    for change in changes:
+        if previous not in (None, change.group):
+            shown.add_section()
+        group = change.group if change.group != previous else ""
+        sides = (_side(change, value) for value in (change.a, change.b))
+        relative = "" if change.relative is None else f"{100 * change.relative:+.2f} %"
+        shown.add_row(*map(escape, (group, change.name, *sides)), relative)
+        previous = change.group
+    console().print(shown)
+
+
+def _side(change: Change, value: Any) -> str:
+    if value is None:
+        return ABSENT
+    if change.name in FIGURES and isinstance(value, (int, float)):
+        return number(value, FIGURES[change.name])
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _digits(peak: float) -> int:

@@ -62,11 +62,11 @@ def compare(
 
     A table of parameters, figures, verdicts and weights.
     """
-    from bwsk.cli.output import console
-    from bwsk.compare import changes, load_side, table
+    from bwsk.cli.tables import compare_table
+    from bwsk.compare import changes, load_side
 
     found = changes(load_side(a, study), load_side(b, study))
     if found:
-        console().print(table(found, a, b))
+        compare_table(found, a, b)
     else:
         print(f"{a} and {b}: no difference in parameters, figures, verdicts or weights")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
+
+from bwsk.provenance import PACKAGE
 
 HEAVY = {"torch", "transformers", "numpy", "datasets", "snakemake", "dvc", "pandas", "matplotlib"}
 
@@ -36,3 +39,10 @@ def test_a_step_on_a_bare_gpu_machine_needs_no_validation_of_parameters() -> Non
     found = imported(code)
     assert "torch" in found
     assert "pydantic" not in found
+
+
+def test_the_library_knows_nothing_of_the_command_line() -> None:
+    """Arrows go one way, and tables are printed by `bwsk.cli`; a progress bar is the one thing drawn below."""
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "cli" and path.name not in ("__main__.py", "progress.py"):
+            assert not re.search(r"^\s*(from|import) (bwsk\.cli|typer|rich)\b", path.read_text(), re.MULTILINE), path
