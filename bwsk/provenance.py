@@ -19,20 +19,20 @@ from bwsk.params import Params
 
 PACKAGE = Path(__file__).parent
 
-# Step -> the module that does it and the sections of params.yaml that it reads.
+# Step -> the modules that its command (in `bwsk/cli/`) calls, and the sections of params.yaml that it reads.
 # `train` is not here: its parameters depend on the variant (see `identity`).
 STEPS = {
-    "corpus": ("corpus", ["corpus"]),
-    "tokenizer": ("tokenizer", ["tokenizer"]),
-    "tokens": ("tokens", ["tokens"]),
-    "base": ("base", ["base", "seed"]),
-    "classify": ("census", []),
-    "trace": ("operations", []),
-    "memory": ("memory", []),
-    "evaluate": ("evaluate", ["tokens", "evaluate"]),
-    "results": ("results", ["study", "variants"]),
-    "card": ("card", ["study", "variants"]),
-    "check": ("check", ["study", "variants"]),
+    "corpus": (["corpus"], ["corpus"]),
+    "tokenizer": (["tokenizer"], ["tokenizer"]),
+    "tokens": (["tokens"], ["tokens"]),
+    "base": (["base"], ["base", "seed"]),
+    "classify": (["census", "files"], []),
+    "trace": (["operations", "calm", "skmap"], []),
+    "memory": (["memory", "files"], []),
+    "evaluate": (["evaluate"], ["tokens", "evaluate"]),
+    "results": (["results"], ["study", "variants"]),
+    "card": (["card", "results", "staleness"], ["study", "variants"]),
+    "check": (["check"], ["study", "variants"]),
 }
 
 
@@ -55,45 +55,47 @@ def identity(params: Params, step: str, variant: str | None = None) -> dict[str,
             "tokens": params.tokens.model_dump(),
             "evaluate": params.evaluate.model_dump(),
         }
-        module = "train"
+        modules = ["train"]
     else:
-        module, sections = STEPS[step]
+        modules, sections = STEPS[step]
         dumped = params.model_dump()
         effective = {section: dumped[section] for section in sections}
         if step == "base" and params.base.source == "pretrain":
             effective["threads"] = params.train.threads  # bits depend on it
-    return {"params": effective, "source": source_digest(module)}
+    return {"params": effective, "source": source_digest(*modules)}
 
 
 @cache
-def source_digest(module: str) -> str:
-    """sha256 over the source files that `bwsk.<module>` is made of, itself and all it imports from bwsk."""
+def source_digest(*modules: str) -> str:
+    """sha256 over the source files that these modules of bwsk are made of, themselves and all they import from bwsk."""
     digest = hashlib.sha256()
-    for path in source_files(module):
+    for path in source_files(*modules):
         digest.update(f"{path.relative_to(PACKAGE).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def source_files(module: str) -> list[Path]:
-    """The files of `bwsk.<module>` and, transitively, of every bwsk module that they import anywhere in their text."""
+def source_files(*modules: str) -> list[Path]:
+    """The files of these modules of bwsk and, transitively, of every bwsk module that they import."""
     found: set[Path] = set()
-    waiting = [_file(module.split("."))]
+    waiting = {path for module in modules if (path := _file(module.split(".")))}
     while waiting:
         path = waiting.pop()
-        if path is None or path in found:
-            continue
         found.add(path)
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bwsk":
-                parts = node.module.split(".")[1:]
-                waiting.append(_file(parts))
-                waiting.extend(_file([*parts, alias.name]) for alias in node.names)
-            elif isinstance(node, ast.Import):
-                waiting.extend(
-                    _file(alias.name.split(".")[1:]) for alias in node.names if alias.name.startswith("bwsk.")
-                )
+        waiting |= imported(path.read_bytes()) - found
     return sorted(found)
+
+
+def imported(source: bytes | str) -> set[Path]:
+    """The files of the bwsk modules that a source text imports, anywhere in it."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    parts = [name.split(".") for name in names]
+    return {path for first, *rest in parts if first == "bwsk" and (path := _file(rest))}
 
 
 def _file(parts: list[str]) -> Path | None:

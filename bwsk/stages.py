@@ -4,7 +4,7 @@ Each stage asks Snakemake for exactly one artifact. DVC decides *whether* a step
 modification times after a pull mean nothing to it), Snakemake runs it: `--force` because DVC has decided already,
 `--allowed-rules` because what lies upstream is DVC's business and must not be made again for being older or newer.
 
-A step depends on the package files that its module imports, transitively; a list written by hand would soon be wrong,
+A step depends on the package files that its modules import, transitively; a list written by hand would soon be wrong,
 and a wrong one either retrains for nothing or, worse, keeps weights that are no longer the source's.
 """
 
@@ -183,8 +183,8 @@ class _Graph:
         if params is None:
             names = {"threads": "train.threads"}
             params = [names.get(name, name) for name in identity(self.params, step)["params"]]
-        module = STEPS[step][0] if step in STEPS else step
-        source = [self._path(path) for path in [*source_files(module), *(files or [])]]
+        modules = STEPS[step][0] if step in STEPS else [step]
+        source = [self._path(path) for path in [*source_files(*modules), *(files or [])]]
         stage = {
             "cmd": f"snakemake --snakefile {self._path(SNAKEFILE)} --cores all --allowed-rules {rule} --force {target}",
             "deps": [*deps, *source],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
 from bwsk.cli.app import MODELS, app
@@ -36,6 +34,7 @@ def plan(
     """
     from bwsk.architecture import load_config
     from bwsk.cli.tables import plan_tables
+    from bwsk.files import write_json
     from bwsk.reversible.handle import curve_of, plan_of
 
     shape = (batch, input_length, input_length if target_length is None else target_length)
@@ -44,7 +43,9 @@ def plan(
     points = curve_of(config, shape, precision)
     plan_tables(config, found, points, shape, precision, full)
     if json:
-        _write(json, {"model": model, "precision": precision, **found.to_json(), "curve": [p.point() for p in points]})
+        write_json(
+            json, {"model": model, "precision": precision, **found.to_json(), "curve": [p.point() for p in points]}
+        )
 
 
 @app.command(rich_help_panel=MODELS)
@@ -74,6 +75,7 @@ def memory(
     from bwsk.architecture import load_config
     from bwsk.budget import size_in_bytes
     from bwsk.cli.tables import memory_table
+    from bwsk.files import write_json
     from bwsk.memory import largest_batch, predict_memory
     from bwsk.reversible.plan import MIB
 
@@ -95,7 +97,7 @@ def memory(
         answer = (
             {} if limit is None else {"limit_mib": limit, "fits": found.peak_mib <= limit, "largest_batch": largest}
         )
-        _write(json, {"model_source": model, **found.to_json(), **answer})
+        write_json(json, {"model_source": model, **found.to_json(), **answer})
 
 
 def _number(budget: str | None) -> str | float | None:
@@ -103,9 +105,3 @@ def _number(budget: str | None) -> str | float | None:
         return None if budget is None else float(budget)
     except ValueError:
         return budget
-
-
-def _write(path: Path, content: dict) -> None:
-    from bwsk.files import write_json
-
-    write_json(path, content)

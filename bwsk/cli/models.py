@@ -31,6 +31,7 @@ def classify(
     """
     from bwsk.architecture import load
     from bwsk.census import classify as census_of
+    from bwsk.files import write_json
     from bwsk.rulesets import RULE_SETS, rule_set
 
     rule_set(rules)  # an unknown set is refused before anything is built
@@ -40,7 +41,9 @@ def classify(
     chosen, other = censuses[rules], next(c for r, c in censuses.items() if r != rules)
     if json:
         differences = chosen.differences(other)
-        _write(json, {"source": model} | chosen.to_dict() | {"differences": differences, other.rules: _totals(other)})
+        write_json(
+            json, {"source": model} | chosen.to_dict() | {"differences": differences, other.rules: _totals(other)}
+        )
     if figure:
         from bwsk.skmap import draw_modules
 
@@ -51,12 +54,6 @@ def classify(
 
 def _totals(census: Any) -> dict[str, Any]:
     return {key: getattr(census, key) for key in ("s", "k", "gray", "total", "s_ratio", "k_ratio", "gray_ratio")}
-
-
-def _write(path: Path, value: Any) -> None:
-    from bwsk.files import write_json
-
-    write_json(path, value)
 
 
 def _gray(unknown: list[str], strict: bool) -> None:
@@ -150,6 +147,7 @@ def trace(
     """
     from bwsk.calm import analyse, partition
     from bwsk.errors import BwskError
+    from bwsk.files import write_json
     from bwsk.operations import trace as trace_of
 
     if devices < 1:
@@ -162,7 +160,7 @@ def trace(
     calm = analyse(result)
     cuts = partition(result, devices, calm)
     if json:
-        _write(json, {"source": model} | result.to_dict() | {"calm": calm.to_dict(), "partition": cuts.to_dict()})
+        write_json(json, {"source": model} | result.to_dict() | {"calm": calm.to_dict(), "partition": cuts.to_dict()})
     if figure:
         from bwsk.skmap import draw_barriers
 
