@@ -18,7 +18,7 @@ from bwsk.files import read_json, write_json
 from bwsk.layout import CARD, FIGURES, RESULTS, TEMPLATE, repository_files
 from bwsk.params import SPLITS, Params
 from bwsk.results import gather, read_results
-from bwsk.staleness import current_results, current_training
+from bwsk.staleness import current_results, current_training, present
 
 # Written by version control into the folders of what it tracks; no part of the repository.
 TOLERATED = frozenset({".gitignore"})
@@ -37,12 +37,23 @@ class Check:
 
 def verify(params: Params, study: Path, template: Path = TEMPLATE) -> list[Check]:
     """All checks of the study in `study`, in order. BwskError at the first that fails, naming file and problem."""
+    built = (study / "build/tokens/tokens.json").is_file()
     return [
         *_layout(params, study / "results"),
-        *_results(params, study),
-        *_card(params, study, template),
+        *documents(params, study, gather(params, study) if built else None, template),
         *(check for variant in params.variant_names for check in _variant(params, study, variant)),
     ]
+
+
+def documents(
+    params: Params, study: Path, collected: dict[str, Any] | None, template: Path = TEMPLATE
+) -> Iterator[Check]:
+    """The checks of results.json and the card alone: that they say what the study's files say, to the letter.
+
+    `collected` is what `gather` returns; None in a pulled repository without build/.
+    """
+    yield from _results(params, study, collected)
+    yield from _card(params, study, template)
 
 
 def write_checks(checks: list[Check], study: Path) -> None:
@@ -82,18 +93,18 @@ def _layout(params: Params, root: Path) -> Iterator[Check]:
     yield Check("permissions", str(root), "regular files, none executable, none writable by everybody")
 
 
-def _results(params: Params, study: Path) -> Iterator[Check]:
+def _results(params: Params, study: Path, collected: dict[str, Any] | None) -> Iterator[Check]:
     path = study / "results" / RESULTS
     results = read_results(study)
     yield Check("JSON schema", str(path), f"{len(results['variants'])} variants, {len(results['claims'])} claims")
     current_results(params, study, results)
-    if (study / "build").is_dir() and (study / "build/tokens/tokens.json").is_file():
-        if results != (again := gather(params, study)):
-            key = _first_difference(results, again)
+    if collected is not None:
+        if results != collected:
+            key = _first_difference(results, collected)
             raise BwskError(f"{path}: {key} is not what the study's files say; collect it again: bwsk results {study}")
         yield Check("agreement", str(path), "collected again from the study's files: the same")
         return
-    # A pulled repository without build/: the variants' own files are what there is to compare with.
+    # The variants' own files are what there is to compare with.
     for variant in params.variant_names:
         training = current_training(params, study, variant, None)
         for key, value in results["variants"][variant].items():
@@ -106,7 +117,7 @@ def _results(params: Params, study: Path) -> Iterator[Check]:
 
 
 def _card(params: Params, study: Path, template: Path) -> Iterator[Check]:
-    path = study / "results" / CARD
+    path = present(study, f"results/{CARD}")
     results = read_results(study)
     try:
         text = path.read_text(encoding="utf-8")
@@ -118,7 +129,7 @@ def _card(params: Params, study: Path, template: Path) -> Iterator[Check]:
         raise BwskError(f"{path}: is not the card of results.json; write it again: bwsk card {study}")
     yield Check("card", str(path), "rendered again from results.json: the same")
     for name in FIGURES:
-        picture = study / "results" / "figures" / name
+        picture = present(study, f"results/figures/{name}")
         if not picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n"):
             raise BwskError(f"{picture}: not a PNG file; draw it again: bwsk card {study}")
     yield Check("figures", str(study / "results" / "figures"), ", ".join(FIGURES))

@@ -35,7 +35,7 @@ def current_inputs(params: Params, study: Path) -> dict[str, dict[str, Any]]:
     recorded["build/base/model.safetensors"] = found["base"]["sha256"]
     recorded["build/base/config.json"] = found["base"]["config_sha256"]
     for path, sha256 in recorded.items():
-        if sha256_file(_present(study, path)) != sha256:
+        if sha256_file(present(study, path)) != sha256:
             raise BwskError(f"{study / path}: is not the file that its step wrote; make it again: {force(path)}")
     return found
 
@@ -64,7 +64,7 @@ def current_training(
 def current_evaluation(params: Params, study: Path, variant: str, training: dict[str, Any]) -> dict[str, Any]:
     """A variant's evaluation; BwskError if it is missing, stale, or of other weights than those of `training`."""
     path = f"build/evaluation/{variant}.json"
-    found = read_checked(_present(study, path), "build", "evaluation")
+    found = read_checked(present(study, path), "build", "evaluation")
     change = difference(found["provenance"]["identity"], identity(params, "evaluate"))
     if change is None and found["variant"] != variant:
         change = f"it is the evaluation of {found['variant']}"
@@ -103,6 +103,13 @@ def difference(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
     return None if stored["source"] == current["source"] else "the source of its step (bwsk) has changed since"
 
 
+def present(study: Path, path: str) -> Path:
+    """`study / path`; BwskError if there is no such file."""
+    if not (study / path).is_file():
+        raise BwskError(f"{study / path}: missing; make it: {force(path)}")
+    return study / path
+
+
 def force(target: str) -> str:
     """The command that makes one artifact anew, whatever its timestamps say."""
     return f"snakemake --cores 1 --force {target}"
@@ -128,13 +135,7 @@ def _training_changes(
 
 
 def _existing(study: Path, path: str, part: str) -> dict[str, Any]:
-    return read_checked(_present(study, path), "build", part)
-
-
-def _present(study: Path, path: str) -> Path:
-    if not (study / path).is_file():
-        raise BwskError(f"{study / path}: missing; make it: {force(path)}")
-    return study / path
+    return read_checked(present(study, path), "build", part)
 
 
 def _key(key: str, params: dict[str, Any]) -> str:

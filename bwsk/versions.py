@@ -3,7 +3,8 @@
 `restore`: what DVC has checked out has the times of the copying, and Snakemake would make everything again. So the
 files are pulled, found to be what `dvc.lock` recorded, and then recorded with Snakemake as up to date.
 `record`: what Snakemake made is taken over by DVC without running anything; only if all of it belongs to the present
-parameters and source, else one seed's weights would be recorded as another's.
+parameters and source, else one seed's weights would be recorded as another's; and only if results.json and the card say
+what the files say, else an edit by hand would be recorded as made.
 """
 
 from __future__ import annotations
@@ -54,15 +55,14 @@ def restore(study: Path, say: Say) -> None:
 
 
 def record(study: Path, say: Say) -> None:
-    """Take over into `dvc.lock` and DVC's cache what Snakemake made; BwskError if it is incomplete or stale."""
-    from bwsk.results import gather, read_results
+    """Take over into `dvc.lock` and DVC's cache what Snakemake made; BwskError if it is incomplete, stale or edited."""
+    from bwsk.check import documents
+    from bwsk.results import gather
     from bwsk.stages import check
-    from bwsk.staleness import current_results
 
     check(study)
     params = load_params(study / "params.yaml")
-    gather(params, study)
-    current_results(params, study, read_results(study))
+    list(documents(params, study, gather(params, study)))  # it checks as it is gone through
     _require_dvc(study)
     if _run(study, ["dvc", "commit", "--force"]).returncode:
         raise BwskError(f"{study}: dvc commit failed, see above; run snakemake until nothing is to be done, then again")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,37 @@ def test_record_in_a_study_without_dvc(editable: Path, monkeypatch: pytest.Monke
     before = contents(editable)
     with pytest.raises(BwskError, match=r"^\.: no DVC repository of its own; run in it: dvc init --subdir"):
         record(Path(), print)
+    assert contents(editable) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "edit", "words"),
+    [
+        ("results/README.md", lambda text: text.replace("BWSK", "Our", 1), "is not the card of results.json; write"),
+        ("results/README.md", None, "missing; make it: snakemake --cores 1 --force results/README.md"),
+        (
+            "results/results.json",
+            lambda text: text.replace('"comparable": false', '"comparable": true'),
+            "comparable is",
+        ),
+    ],
+    ids=["card edited", "card missing", "results edited"],
+)
+def test_record_of_what_the_workflow_did_not_write(
+    editable: Path, path: str, edit: Callable[[str], str] | None, words: str
+) -> None:
+    stages.write(editable)
+    file = editable / path
+    if edit is None:
+        file.unlink()
+    else:
+        text = file.read_text()
+        file.write_text(edit(text))
+        assert file.read_text() != text
+    before = contents(editable)
+    with pytest.raises(BwskError, match=re.escape(f"{path}: {words}")) as error:
+        record(editable, print)
+    assert "\n" not in str(error.value)
     assert contents(editable) == before
 
 

@@ -89,6 +89,19 @@ def test_truncated_weights(author: Checkout) -> None:
     assert author.sha256() == before
 
 
+def test_a_card_that_was_edited_by_hand(author: Checkout) -> None:
+    before = author.sha256()
+    with open(author.study / "results" / "README.md", "a") as card:
+        card.write("Best model ever.\n")
+    for command in ("check", "record"):
+        shown = author.bwsk(command, ok=False)
+        assert shown == "bwsk: error: results/README.md: is not the card of results.json; write it again: bwsk card .\n"
+    author.bwsk("card")
+    author.bwsk("record")
+    assert author.sha256() == before
+    assert author.status() == {}
+
+
 def test_a_damaged_object_of_the_remote_is_not_taken(author: Checkout, tmp_path: Path) -> None:
     remote = tmp_path / "bwsk-dvc"
     stored = object_of(author, remote)
