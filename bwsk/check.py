@@ -45,15 +45,12 @@ def verify(params: Params, study: Path, template: Path = TEMPLATE) -> list[Check
     ]
 
 
-def documents(
-    params: Params, study: Path, collected: dict[str, Any] | None, template: Path = TEMPLATE
-) -> Iterator[Check]:
+def documents(params: Params, study: Path, collected: dict[str, Any] | None, template: Path = TEMPLATE) -> list[Check]:
     """The checks of results.json and the card alone: that they say what the study's files say, to the letter.
 
     `collected` is what `gather` returns; None in a pulled repository without build/.
     """
-    yield from _results(params, study, collected)
-    yield from _card(params, study, template)
+    return [*_results(params, study, collected), *_card(params, study, template)]
 
 
 def write_checks(checks: list[Check], study: Path) -> None:

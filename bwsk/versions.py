@@ -62,7 +62,7 @@ def record(study: Path, say: Say) -> None:
 
     check(study)
     params = load_params(study / "params.yaml")
-    list(documents(params, study, gather(params, study)))  # it checks as it is gone through
+    documents(params, study, gather(params, study))
     _require_dvc(study)
     if _run(study, ["dvc", "commit", "--force"]).returncode:
         raise BwskError(f"{study}: dvc commit failed, see above; run snakemake until nothing is to be done, then again")

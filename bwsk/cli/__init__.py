@@ -52,7 +52,7 @@ def _usage(error: Any) -> str:
     """A command line that cannot be parsed, as one line: the option, what was found, and whose help to read."""
     if hasattr(error.__cause__, "errors"):  # of pydantic, by which typer converts values; typer leaves out the value
         first = error.__cause__.errors()[0]
-        rule = first["msg"].partition(" should ")[2].partition(", unable")[0]
+        rule = first["msg"].partition(" should ")[2].partition(", unable")[0] or "be another"
         error.message = f"found {first['input']!r:.80}, must {rule}"
     found = " ".join(error.format_message().split()).removeprefix("Invalid value for ")
     found = found.rstrip(".?").replace("'. Did", "', did")

@@ -67,6 +67,7 @@ def test_plots(versions: Checkout, tmp_path: Path) -> None:
         page = (out / "index.html").read_text()
         for label in ("Optimizer step", "Training loss (nats per token)", "Validation perplexity"):
             assert label in page
+        assert page.count('"labelLimit": 0') == 2  # in both plots, the names are not cut
         for name in VARIANTS:
             for file in ("train.csv", "validation.csv"):
                 assert f"{name}/{file}" in page

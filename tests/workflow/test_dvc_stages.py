@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from dvc_render.vega_templates import get_template
 
 from bwsk import stages
 from bwsk.errors import BwskError
@@ -90,6 +91,20 @@ def test_matrix_plots_and_artifacts_are_the_variants(study: Path) -> None:
         (entry,) = plot.values()
         assert [path.split("/")[2] for path in entry["y"]] == names
         assert entry["x"] == "step"
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=["published", "embedded"])
+def test_plots_are_drawn_by_the_template_of_the_study(study: Path) -> None:
+    """DVC takes a file of that name in `.dvc/plots` instead of its own; names of variants are not cut by it."""
+    for plot in graph(study)["plots"]:
+        for entry in plot.values():
+            template = get_template(entry["template"], study / ".dvc" / "plots").content
+            assert template["encoding"]["color"] == {
+                "field": "filename",
+                "type": "nominal",
+                "title": None,
+                "legend": {"labelLimit": 0},
+            }
 
 
 def test_every_variant_reads_its_own_learning_rate(study: Path) -> None:
