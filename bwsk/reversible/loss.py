@@ -112,8 +112,12 @@ class CrossEntropyNode(torch.autograd.Function):
 
 def block_rows(n: int, width: int) -> int:
     """Rows per block: the three temporaries of a block (rows, V) take no more than the gradient of the table (V, width)
-    that follows them, so they cost nothing at the peak."""
-    return max(1, width // 3, -(-n // MOST_BLOCKS))
+    that follows them, so they cost nothing at the peak.
+
+    A multiple of 8: each row of a block is then aligned to 16 bytes as in the whole tensor, whatever V is. CUDA's row
+    sums start at an aligned address, so their order, and with it their rounding, depends on that.
+    """
+    return max(8, width // 24 * 8, -(-n // (8 * MOST_BLOCKS)) * 8)
 
 
 def chunk_rows(n: int) -> int:
@@ -162,7 +166,9 @@ class ChunkedNode(torch.autograd.Function):
         g_x = torch.empty_like(rows_x)
         g_table = torch.zeros_like(table)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        for rows in _blocks(rows_x.shape[0], chunk_rows(rows_x.shape[0])):
+        chunk = chunk_rows(rows_x.shape[0])
+        numbers = torch.arange(chunk, device=x.device)
+        for rows in _blocks(rows_x.shape[0], chunk):
             logits = rows_x[rows].mm(table.t())
             top = logits.amax(1, keepdim=True)
             picked = logits.gather(1, safe[rows, None])
@@ -170,7 +176,9 @@ class ChunkedNode(torch.autograd.Function):
             nll = (mass.log() + top - picked).squeeze(1)
             total += torch.where(valid[rows], nll, 0).sum()
             logits.div_(mass)
-            logits.scatter_add_(1, safe[rows, None], torch.full_like(mass, -1.0))
+            # Not by scatter_add_: where that must be deterministic on CUDA, releases of torch copy strides from the host,
+            # which no graph can record.
+            logits[numbers[: logits.shape[0]], safe[rows]] -= 1.0
             logits.mul_(torch.where(valid[rows], 1.0 / count, 0.0).unsqueeze(1))
             torch.mm(logits, table, out=g_x[rows])
             g_table.addmm_(logits.t(), rows_x[rows])
