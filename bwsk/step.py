@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from bwsk.device import autocast
 from bwsk.errors import BwskError
+from bwsk.faults import is_out_of_memory
 
 if TYPE_CHECKING:
     from bwsk.params import Backend, Precision, TrainParams
@@ -168,8 +169,17 @@ class GraphStep(Step):
         """Record a step without running it: no weight, no state and no random number is touched."""
         static = {name: tensor.clone() for name, tensor in batch.items()}
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            loss, norm = self._run(static)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                loss, norm = self._run(static)
+        except RuntimeError as error:
+            cause = error.__context__ or error  # what broke the recording; ending it then fails too
+            if is_out_of_memory(cause):
+                raise cause from None
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            raise BwskError(
+                f"train.backend: found graph, but this model's step cannot be recorded ({reason}); set eager"
+            ) from error
         return _Recorded(graph, static, loss, norm)
 
 
