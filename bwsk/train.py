@@ -188,6 +188,8 @@ class Run:
     def run(self) -> None:
         """Train until the last step or an early stop. Raises `Interrupted` after a signal, checkpoint written."""
         state, schedule = self.state, self.schedule
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # of the training alone: not of loading, nor of a run before this one
         with (
             self._signals(),
             progress(schedule.total_steps, f"train {self.variant}", unit="step", start=state.step) as bar,
