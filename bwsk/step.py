@@ -71,6 +71,7 @@ def make_step(
     check_backend(backend, next(model.parameters()).device)
     if backend != "compile":  # a compiler folds constants itself
         keep_position_buckets(model)
+        keep_causal_mask(model)
     kind = {"eager": Step, "graph": GraphStep, "compile": CompiledStep}[backend]
     return kind(model, optimizer, scaler, precision, max_grad_norm)
 
@@ -217,3 +218,36 @@ class _BiasOfKeptBuckets:
                 max_distance=attention.relative_attention_max_distance,
             )
         return table(buckets).permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+def keep_causal_mask(model: nn.Module) -> None:
+    """Make the causal mask of a T5's decoder once; the stock model makes the same one in every training step.
+
+    Some releases of transformers (5.17) make it of a number on the host, whose copy to the device waits for the device
+    and cannot be recorded in a graph.
+    """
+    for module in model.modules():
+        if type(module).__name__ in ("T5Stack", "MT5Stack") and module.is_decoder:
+            module.register_forward_pre_hook(_KeptMask(), with_kwargs=True)
+
+
+class _KeptMask:
+    """Hands a decoder in training the mask that it would make itself; masks are kept by batch shape, dtype, device."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor | None] = {}
+
+    def __call__(self, stack: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]):
+        tokens = kwargs.get("input_ids")
+        given = any(kwargs.get(name) is not None for name in ("attention_mask", "past_key_values"))
+        if tokens is None or given or kwargs.get("use_cache") or not (stack.training and torch.is_grad_enabled()):
+            return None
+        weight = stack.embed_tokens.weight
+        key = (tokens.shape, weight.dtype, weight.device)
+        if key not in self.kept:
+            from transformers.masking_utils import create_causal_mask
+
+            like = torch.empty((*tokens.shape, 0), dtype=weight.dtype, device=weight.device)
+            options = {"inputs_embeds": like, "attention_mask": None, "past_key_values": None}
+            self.kept[key] = create_causal_mask(config=stack.config, **options)
+        return args, {**kwargs, "attention_mask": self.kept[key]}

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration
+from transformers.models.t5 import modeling_t5
 
 from bwsk import make_reversible
+from bwsk.device import configure
 from bwsk.errors import BwskError
 from bwsk.params import Precision, TrainParams
 from bwsk.step import Step, check_backend, make_optimizer, make_step
 
 RATES = [1e-3, 2e-3, 1.5e-3, 5e-4]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Training's settings on CUDA; what was there before afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    configure(torch.device("cuda"), threads=torch.get_num_threads(), deterministic=True, tf32=False)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def tiny(dropout: float = 0.1, device: str = "cpu") -> T5ForConditionalGeneration:
@@ -124,6 +136,28 @@ def test_position_buckets_are_computed_once_and_generation_is_the_stock_models()
     assert torch.equal(model.eval().generate(inputs, **options), stock.eval().generate(inputs, **options))
 
 
+def test_the_causal_mask_is_made_once_and_is_the_stock_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, made = [], []
+    original = modeling_t5.create_causal_mask
+
+    def noted(**options):
+        asked.append(options["attention_mask"])
+        made.append(original(**options))
+        return made[-1]
+
+    monkeypatch.setattr(modeling_t5, "create_causal_mask", noted)
+    model = tiny()
+    run(stepped(model))
+    full, *others = asked[:-1]
+    assert all(other is full for other in others)
+    assert asked[-1].shape[0] == 2
+    tiny()(**batches(model)[0], use_cache=False)
+    assert asked[-1] is None
+    assert torch.equal(made[-1], full)
+    model.eval()(**batches(model)[0], use_cache=False)
+    assert asked[-1] is None
+
+
 def test_a_graph_on_the_cpu_is_refused_in_one_line() -> None:
     with pytest.raises(BwskError, match=r"^train\.backend: found graph, which needs a CUDA device; set eager or"):
         stepped(tiny(), backend="graph")
@@ -156,14 +190,14 @@ def test_a_compiled_step_computes_the_same_and_repeats_its_bits(mode: str) -> No
 
 
 @CUDA
-@pytest.mark.parametrize("mode", ["conventional", "reversible"])
+@pytest.mark.parametrize("mode", ["conventional", "fast", "max", "balanced"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_graph_has_the_bits_of_eager(mode: str, precision: Precision) -> None:
+def test_a_graph_has_the_bits_of_eager(mode: str, precision: Precision, deterministic: None) -> None:
     found = []
     for backend in ("eager", "graph"):
         model = tiny(device="cuda")
-        if mode == "reversible":
-            make_reversible(model, "fast", batch=4, input_length=12, target_length=12)
+        if mode != "conventional":
+            make_reversible(model, mode, batch=4, input_length=12, target_length=12)
         step = stepped(model, backend, precision)
         torch.manual_seed(9)
         small = batches(model)[-1]
@@ -176,3 +210,14 @@ def test_a_graph_has_the_bits_of_eager(mode: str, precision: Precision) -> None:
     for index, values in state.items():
         assert all(torch.equal(value, other_state[index][key]) for key, value in values.items())
     assert scale == other_scale
+
+
+@CUDA
+@pytest.mark.parametrize("level", ["fast", "max"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_reversible_has_the_bits_of_conventional_on_cuda(level: str, precision: Precision, deterministic: None) -> None:
+    conventional, reversible = tiny(device="cuda"), tiny(device="cuda")
+    make_reversible(reversible, level, batch=4, input_length=12, target_length=12)
+    ours, others = (run(stepped(model, precision=precision)) for model in (conventional, reversible))
+    assert all(torch.equal(a, b) for one, two in zip(ours, others, strict=True) for a, b in zip(one, two, strict=True))
+    assert same(conventional, reversible)
