@@ -176,7 +176,7 @@ class ChunkedNode(torch.autograd.Function):
             nll = (mass.log() + top - picked).squeeze(1)
             total += torch.where(valid[rows], nll, 0).sum()
             logits.div_(mass)
-            # Not by scatter_add_: where that must be deterministic on CUDA, releases of torch copy strides from the host,
+            # Not by scatter_add_: to be deterministic on CUDA, some releases of torch copy strides from the host in it,
             # which no graph can record.
             logits[numbers[: logits.shape[0]], safe[rows]] -= 1.0
             logits.mul_(torch.where(valid[rows], 1.0 / count, 0.0).unsqueeze(1))
