@@ -6,57 +6,97 @@ to OUT/step-DEVICE.json, medians over the bursts: time per step and its ratio to
 tokens/s, share of the time that the GPU was busy, peak memory on the device, evaluation windows/s in turns as well
 (ours in batches of 32, the others by the publication's loop, a window at a time), and the time of the whole study that
 follows from these. Not measured is null.
+
+The JSON is written after each pair. With --seconds all ends by then: no pair is started that would last longer than
+what is left, and one that hangs is ended. With --resume what the JSON holds is kept and not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bwsk.errors import BwskError
+from bwsk.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+Answer = TypeVar("Answer")
 
 # The published study: six runs of 13,860 steps; a validation every 500 steps and at each epoch's end (37), one test.
 # Windows of WikiText-2 (raw) at stride 128: validation 2,289, test 2,641 (tests/real/test_tokens_real.py).
 RUNS, STEPS = 6, 13_860
 WINDOWS = 37 * 2_289 + 2_641
 
-CPU_RIVALS = ["ours-conventional-eager", "ours-reversible-eager", "trainer", "trainer-ckpt", "plain-ckpt"]
-GPU_RIVALS = ["ours-conventional-graph", "ours-reversible-graph", *CPU_RIVALS]
+# What matters most comes first, in every precision: the time on a GPU may end before the list does.
+EAGER_RIVALS = ["ours-conventional-eager", "ours-reversible-eager", "trainer", "trainer-ckpt", "plain-ckpt"]
+RIVALS = {
+    "cpu": [*EAGER_RIVALS, "ours-conventional-compile", "trainer-compile"],
+    "cuda": [
+        "ours-conventional-graph",
+        "ours-reversible-graph",
+        "trainer-compile",
+        *EAGER_RIVALS,
+        "ours-conventional-compile",
+    ],
+}
 EVALUATIONS = 3  # turns
-COMPILED = ["ours-conventional-compile", "trainer-compile"]
+BUSY_STEPS = 5  # a profile has thousands of kernels a step
 
 
 class Worker:
-    """A rival's process. `ask` sends a command and waits for its answer."""
+    """A rival's process. `ask` sends a command and waits for its answer, at most until `deadline` on the clock
+    `time.monotonic`."""
 
-    def __init__(self, rival: str, precision: str, options: list[str]) -> None:
-        self.rival = rival
+    def __init__(self, rival: str, precision: str, options: list[str], deadline: float | None = None) -> None:
+        self.rival, self.deadline = rival, deadline
         command = [sys.executable, str(ROOT / "bench" / "worker.py"), rival, "--precision", precision, *options]
+        # Not a pipe: nobody reads it meanwhile, and a library that fills it would stop.
+        self.messages = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.messages, text=True
         )
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        """The answer to a command; RuntimeError with the process's last line if it has ended."""
+        """The answer to a command; RuntimeError with the process's last line if it has ended, or is ended here."""
+        timer = None
+        if self.deadline is not None:
+            timer = threading.Timer(max(0.0, self.deadline - time.monotonic()), self.process.kill)
+            timer.start()
         try:
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        finally:
+            if timer is not None:
+                timer.cancel()
         if not line:
-            last = (self.process.stderr.read().strip().splitlines() or ["no message"])[-1]
-            raise RuntimeError(last.removeprefix("bwsk.errors.BwskError: "))
+            raise RuntimeError(self._last_words())
         return json.loads(line)
+
+    def _last_words(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=30)
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            return "no time left"
+        self.messages.seek(0)
+        last = (self.messages.read().strip().splitlines() or ["no message"])[-1]
+        return last.removeprefix("bwsk.errors.BwskError: ")
 
     def close(self) -> None:
         """End the process."""
@@ -67,7 +107,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
         self.process.stdout.close()
-        self.process.stderr.close()
+        self.messages.close()
 
 
 def _in_turns(pair: list[Worker], rounds: int, **command: Any) -> dict[str, list[dict[str, float]]]:
@@ -86,15 +126,30 @@ def _ratio(answers: dict[str, list[dict[str, float]]], rival: str, key: str) -> 
     )
 
 
-def compare(rival: str, precision: str, args: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
+def _or_none(ask: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer | None:
+    """What `ask` returns, or None and a line on standard error: what follows the steps must not cost their times."""
+    try:
+        return ask(*args, **kwargs)
+    except RuntimeError as error:
+        print(f"not measured: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def compare(
+    rival: str, precision: str, args: argparse.Namespace, options: list[str], deadline: float | None = None
+) -> list[dict[str, Any]]:
     """Rows of the plain loop and of one rival, measured in turns."""
-    pair = [Worker("plain", precision, options), Worker(rival, precision, options)]
+    pair = [Worker(name, precision, options, deadline) for name in ("plain", rival)]
     try:
         for worker in pair if args.warm else ():
             worker.ask(do="steps", count=args.warm)
         bursts = _in_turns(pair, args.rounds, do="steps", count=args.steps)
         ratios = {key: _ratio(bursts, rival, key) for key in ("ms", "cpu_ms")}
-        evaluations = _in_turns(pair, EVALUATIONS, do="evaluate", windows=args.windows) if args.windows else None
+        # Before the evaluation, whose batches need memory of their own.
+        peaks = {worker.rival: worker.ask(do="memory")["peak_mib"] for worker in pair}
+        evaluations = None
+        if args.windows:
+            evaluations = _or_none(_in_turns, pair, EVALUATIONS, do="evaluate", windows=args.windows)
         rows = []
         for worker in pair:
             found = bursts[worker.rival]
@@ -102,6 +157,8 @@ def compare(rival: str, precision: str, args: argparse.Namespace, options: list[
             own = worker.rival == rival
             speed = evaluations and statistics.median(one["windows_per_s"] for one in evaluations[worker.rival])
             faster = _ratio(evaluations, rival, "windows_per_s") if evaluations and own else evaluations and 1.0
+            busy = _or_none(worker.ask, do="busy", count=BUSY_STEPS) if args.device == "cuda" else None
+            profile = _or_none(worker.ask, do="profile", count=2) if args.profile else None
             rows.append(
                 {
                     "rival": worker.rival,
@@ -112,9 +169,9 @@ def compare(rival: str, precision: str, args: argparse.Namespace, options: list[
                     "cpu_ratio_to_plain": round(ratios["cpu_ms"], 4) if own else 1.0,
                     "tokens_per_s": round(args.batch * (args.input + args.target) / ms * 1e3, 1),
                     "bursts_ms": [round(burst["ms"], 3) for burst in found],
-                    "gpu_busy": worker.ask(do="busy", count=args.steps)["busy"] if args.device == "cuda" else None,
-                    "profile": worker.ask(do="profile", count=2) if args.profile else None,
-                    "peak_mib": worker.ask(do="memory")["peak_mib"],
+                    "gpu_busy": busy and busy["busy"],
+                    "profile": profile,
+                    "peak_mib": peaks[worker.rival],
                     "windows_per_s": None if speed is None else round(speed, 3),
                     "windows_ratio_to_plain": None if faster is None else round(faster, 4),
                     "projected_study_s": None if speed is None else round(projected(ms, speed, args)),
@@ -149,6 +206,23 @@ def machine(device: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "system": platform.system(),
     }
+
+
+def sources() -> str:
+    """sha256 over the source files of the package and of the benches."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "bwsk").rglob("*.py"), *(ROOT / "bench").glob("*.py")]):
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def kept(path: Path, belongs_to: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call wrote to `path` if it was of the same machine, settings and sources, else nothing."""
+    try:
+        found = read_json(path)
+    except BwskError:
+        return {}
+    return found if all(found.get(key) == value for key, value in belongs_to.items()) else {}
 
 
 def load_average() -> list[float] | None:
@@ -203,51 +277,63 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10 if cuda else 5, help="bursts per rival")
     parser.add_argument("--steps", type=int, default=20 if cuda else 1, help="steps per burst")
     parser.add_argument("--warm", type=int, default=20 if cuda else 3, help="untimed steps before the first burst")
-    parser.add_argument("--windows", type=int, default=640 if cuda else 32, help="evaluation windows; 0: none")
+    parser.add_argument("--windows", type=int, default=256 if cuda else 32, help="evaluation windows; 0: none")
     parser.add_argument("--profile", action="store_true", help="also where the time of a step goes, by operator")
-    parser.add_argument("--seconds", type=float, help="start no further pair after this time")
+    parser.add_argument("--seconds", type=float, help="end by this time; pairs that do not fit are left out")
+    parser.add_argument("--resume", action="store_true", help="keep the pairs that the JSON already has")
     parser.add_argument("--name", help="name of the JSON file (default: step-DEVICE)")
     args = parser.parse_args()
-    rivals = args.rivals or [
-        *(GPU_RIVALS if args.device == "cuda" else CPU_RIVALS),
-        *(COMPILED if args.compile else []),
-    ]
+    if args.device == "cuda" and not cuda:
+        parser.error("no CUDA device")
+    rivals = args.rivals or [r for r in RIVALS[args.device] if args.compile or not r.endswith("-compile")]
     options = [
         f"--{key}={getattr(args, key)}" for key in ("batch", "input", "target", "attention", "device", "threads")
     ]
     options += ["--model", args.model] if args.model else []
-    began, load = time.perf_counter(), load_average()
-    rows: list[dict[str, Any]] = []
-    missing: list[dict[str, str]] = []
-    for precision in args.precisions:
-        for rival in rivals:
-            late = args.seconds is not None and time.perf_counter() - began > args.seconds
-            try:
-                if late:
-                    raise RuntimeError("no time left")
-                found = compare(rival, precision, args, options)
-            except RuntimeError as error:  # one rival that cannot run here is not the end of the others
-                missing.append({"rival": rival, "precision": precision, "reason": str(error)})
-                print(f"{rival:28} {precision:5} not measured: {error}", flush=True)
-                continue
-            rows += found
-            show(found)
-    result = {
-        "command": " ".join(["python", "bench/run.py", *sys.argv[1:]]),
+    began = time.monotonic()
+    belongs_to = {
         "machine": machine(args.device),
+        "sources": sources(),
         "threads": args.threads,
-        "load_average": {"before": load, "after": load_average()},
         "shape": {"batch": args.batch, "input": args.input, "target": args.target},
         "model": args.model or "T5-small's shape",
         "attention": args.attention,
         "rounds": args.rounds,
         "steps_per_burst": args.steps,
+    }
+    path = args.out / f"{args.name or f'step-{args.device}'}.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = kept(path, belongs_to).get("rows", []) if args.resume else []
+    missing: list[dict[str, str]] = []
+    result = {
+        "command": " ".join(["python", "bench/run.py", *sys.argv[1:]]),
+        **belongs_to,
+        "load_average": {"before": load_average()},
         "rows": rows,
         "not_measured": missing,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.name or f'step-{args.device}'}.json"
-    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    show(rows)
+    deadline = None if args.seconds is None else began + args.seconds
+    longest = 0.0
+    for rival in rivals:
+        for precision in args.precisions:
+            if any(row["rival"] == rival and row["precision"] == precision for row in rows):
+                continue
+            started = time.monotonic()
+            try:
+                if deadline is not None and started + longest > deadline:
+                    raise RuntimeError("no time left")
+                found = compare(rival, precision, args, options, deadline)
+            except RuntimeError as error:  # one rival that cannot run here is not the end of the others
+                missing.append({"rival": rival, "precision": precision, "reason": str(error)})
+                print(f"{rival:28} {precision:5} not measured: {error}", flush=True)
+            else:
+                rows += found
+                show(found)
+                longest = max(longest, time.monotonic() - started)
+            result["load_average"]["after"] = load_average()
+            write_json(path, result)
+    write_json(path, result)
     print(f"wrote {path}")
 
 

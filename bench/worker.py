@@ -7,7 +7,7 @@ command per line from standard input and answers with a line of JSON on standard
     {"do": "busy", "count": n}       the same under the profiler: {"busy"}, share of the time that a kernel ran (CUDA)
     {"do": "profile", "count": n}    where it goes: {"operators": {name: own ms per step}, "page_faults": per step}
     {"do": "evaluate", "windows": n} perplexity on n windows: {"windows_per_s"}
-    {"do": "memory"}                 {"peak_mib"}, most that was allocated on the device; null on the CPU
+    {"do": "memory"}                 {"peak_mib"}, most that was allocated on the device so far; null on the CPU
 
 The rivals, at the same weights, precision and attention:
 
@@ -107,6 +107,9 @@ class Gate:
             self.profiler.stop()
             events = self.profiler.key_averages()
             self.profiler = None
+        if self._cuda:  # kernels and copies alone: operators and annotations count the same time again
+            kinds = torch.autograd.DeviceType
+            events = [e for e in events if e.device_type == kinds.CUDA and not e.is_user_annotation]
         if self.task == "busy":
             busy = sum(event.self_device_time_total for event in events) / 1e6 / wall
             self._answer(busy=busy if self._cuda else None)
@@ -261,6 +264,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    # As torch's profiler does it for its own CUDA graphs: CUPTI must not be torn down and started again beside one.
+    os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
     from transformers import T5ForConditionalGeneration
 
     device = torch.device(args.device)
