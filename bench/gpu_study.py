@@ -5,18 +5,20 @@ Without Snakemake, DVC or the Hub: it calls the functions that the workflow's co
 Only the variants that start from scratch: the base is T5-small's configuration with random weights.
 
 A call trains until --minutes are over, writes a checkpoint and exits with status 75: call it again, it goes on where it
-stopped, with the same bits as if it had not stopped. Status 0: all variants are there. OUT/study.json then names each
-one's measured training and validation time, step time, peak memory and perplexities.
+stopped, with the same bits as if it had not stopped. Status 0: all variants are there. OUT/study.json, written as each
+variant is done, names its measured training and validation time, step time, peak memory and perplexities.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ def write_study(out: Path, args: argparse.Namespace) -> Any:
         "variants": {"inits": ["scratch"], "modes": args.modes},
     }
     content["train"] |= {"backend": args.backend, "precision": args.precision, "threads": args.threads}
+    # A call writes one at its end anyway, and each takes longer than 500 steps on a fast GPU.
+    content["train"]["checkpoint_every"] = 5000
     for change in args.set:
         key, _, value = change.partition("=")
         section, _, name = key.partition(".")
@@ -86,29 +90,39 @@ def prepare(params: Any, out: Path, architecture: dict[str, Any]) -> Any:
     return Inputs(build / "tokens", build / "tokenizer", build / "base", census)
 
 
-def train(params: Any, out: Path, inputs: Any, device: Any) -> None:
-    """Train what is missing, variant by variant; raises `Interrupted` when the time is over."""
+def train(params: Any, out: Path, inputs: Any, device: Any, done: Callable[[], None]) -> None:
+    """Train what is missing, variant by variant; raises `Interrupted` when the time is over. `done`: after each."""
+    for variant in params.variant_names:
+        if not _results(out, variant).is_file():
+            _train(params, variant, out, inputs, device)
+            gc.collect()  # its model hangs in cycles, and would count as memory of the next
+            done()
+            _say(f"{variant}: done")
+
+
+def _train(params: Any, variant: str, out: Path, inputs: Any, device: Any) -> None:
     from bwsk.train import Run
 
-    for variant in params.variant_names:
-        folder = out / "results" / variant
-        if (folder / "training_results.json").is_file():
-            continue
-        run = Run(params, variant, inputs, out / "build" / "checkpoints" / variant, device, say=_say)
-        run.run()
-        run.finish(folder, out / "build" / "curves" / variant)
-        _say(f"{variant}: done")
+    run = Run(params, variant, inputs, out / "build" / "checkpoints" / variant, device, say=_say)
+    run.run()
+    run.finish(out / "results" / variant, out / "build" / "curves" / variant)
+
+
+def _results(out: Path, variant: str) -> Path:
+    return out / "results" / variant / "training_results.json"
 
 
 def summary(params: Any, out: Path, device: Any) -> dict[str, Any]:
-    """The measured figures of all variants, from their results."""
+    """The measured figures of the variants that are done, from their results."""
     keys = ("total_steps", "early_stopped", "training_time_s", "validation_time_s", "step_time_ms", "tokens_per_s")
     keys += ("peak_memory_mb", "best_val_metric", "test_metric", "nan_count", "skipped_steps")
-    found = {v: read_json(out / "results" / v / "training_results.json") for v in params.variant_names}
+    files = {variant: _results(out, variant) for variant in params.variant_names}
+    found = {variant: read_json(file) for variant, file in files.items() if file.is_file()}
     return {
         "command": " ".join(["python", "bench/gpu_study.py", *sys.argv[1:]]),
         "machine": machine(device.type),
         "params": params.model_dump(),
+        "missing": [variant for variant in files if variant not in found],
         "variants": {v: {key: results[key] for key in keys} for v, results in found.items()},
         "weights_sha256": {v: results["provenance"]["weights_sha256"] for v, results in found.items()},
     }
@@ -147,19 +161,23 @@ def main() -> None:
         if device.type == "cpu" and not args.cpu:
             raise BwskError("bench/gpu_study: no CUDA device; --cpu trains on the CPU")
         inputs = prepare(params, args.out, T5_SMALL | json.loads(args.architecture))
+
+        def write() -> None:
+            write_json(args.out / "study.json", summary(params, args.out, device))
+
         # The loop stops at a signal as a cluster's would stop it: checkpoint written, nothing lost.
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(AGAIN))  # between the variants' loops
         signal.setitimer(signal.ITIMER_REAL, max(1.0, 60.0 * args.minutes - (time.monotonic() - started)))
         try:
-            train(params, args.out, inputs, device)
+            train(params, args.out, inputs, device, write)
         except Interrupted as stopped:
             _say(f"{stopped}; call again to go on")
             sys.exit(AGAIN)
         signal.setitimer(signal.ITIMER_REAL, 0)
     except BwskError as error:
         raise SystemExit(f"bench/gpu_study: error: {error}") from None
-    write_json(args.out / "study.json", summary(params, args.out, device))
+    write()
     print(f"wrote {args.out / 'study.json'}")
 
 
