@@ -2,7 +2,7 @@
 
 At each point the plain loop, ours conventional and ours reversible (`fast`), as in `bench/run.py`: processes of their
 own that take turns. Time is measured; memory is the predicted peak, and measured too on a CUDA device. Writes
-OUT/growth-DEVICE.json.
+OUT/growth-DEVICE.json, after each point.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.axes import log_log
 from bench.rivals import T5_SMALL, config
 from bench.run import compare, load_average, machine
+from bwsk.files import write_json
 
 # Shapes of published T5 models; "tiny" is the embedded study's.
 MODELS: dict[str, dict[str, int]] = {
@@ -50,9 +52,8 @@ def predicted(model: str, mode: str, batch: int, length: int, precision: str) ->
     return predict_memory(config(model, "eager"), mode=mode, optimizer="fused", budget=budget, **step).peak_mib
 
 
-def measure(args: argparse.Namespace, models: dict[str, str]) -> list[dict[str, Any]]:
-    """A row per point and rival."""
-    rows: list[dict[str, Any]] = []
+def measure(args: argparse.Namespace, models: dict[str, str]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each point, one per rival that ran."""
     known: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for axis, model, batch, length in points(args):
         shape = (model, batch, length)
@@ -62,7 +63,11 @@ def measure(args: argparse.Namespace, models: dict[str, str]) -> list[dict[str, 
             options += [f"--device={args.device}", f"--threads={args.threads}"]
             known[shape] = []
             for rival, mode in RIVALS.items():
-                found = compare(f"{rival}-{args.backend}", args.precision, args, options)
+                try:
+                    found = compare(f"{rival}-{args.backend}", args.precision, args, options)
+                except RuntimeError as error:  # one that does not fit is not the end of the others
+                    print(f"{axis:7} {model:6} {batch:4} x {length:<5} {rival}: not measured: {error}", flush=True)
+                    continue
                 # The plain loop runs beside both: one of its rows is enough.
                 for row, name in zip(found, ("plain", rival), strict=True):
                     if name == "plain" and known[shape]:
@@ -70,14 +75,13 @@ def measure(args: argparse.Namespace, models: dict[str, str]) -> list[dict[str, 
                     mib = predicted(models[model], "plain" if name == "plain" else mode, batch, length, args.precision)
                     kept = {key: row[key] for key in ("step_ms", "ratio_to_plain", "tokens_per_s", "peak_mib")}
                     known[shape].append({"rival": name, **kept, "predicted_mib": round(mib, 1)})
+        yield [{"axis": axis, "model": model, "batch": batch, "length": length, **row} for row in known[shape]]
         for row in known[shape]:
-            rows.append({"axis": axis, "model": model, "batch": batch, "length": length, **row})
             print(
                 f"{axis:7} {model:6} {batch:4} x {length:<5} {row['rival']:18} {row['step_ms']:10.1f} ms/step"
                 f" {row['ratio_to_plain']:7.3f} x plain {row['predicted_mib']:10,.0f} MiB predicted",
                 flush=True,
             )
-    return rows
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -131,12 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     args.windows, args.profile = 0, False
     args.out.mkdir(parents=True, exist_ok=True)
-    load = load_average()
-    with tempfile.TemporaryDirectory() as place:
-        models = {name: str(Path(place) / f"{name}.json") for name in MODELS}
-        for name, path in models.items():
-            Path(path).write_text(json.dumps({**T5_SMALL, **MODELS[name], "model_type": "t5"}), encoding="utf-8")
-        rows = measure(args, models)
+    rows: list[dict[str, Any]] = []
     result = {
         "command": " ".join(["python", "bench/growth.py", *sys.argv[1:]]),
         "precision": args.precision,
@@ -146,10 +145,17 @@ def main() -> None:
         "steps_per_burst": args.steps,
         "machine": machine(args.device),
         "rows": rows,
-        "load_average": {"before": load, "after": load_average()},
+        "load_average": {"before": load_average()},
     }
     path = args.out / f"growth-{args.device}.json"
-    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as place:
+        models = {name: str(Path(place) / f"{name}.json") for name in MODELS}
+        for name, model in models.items():
+            Path(model).write_text(json.dumps({**T5_SMALL, **MODELS[name], "model_type": "t5"}), encoding="utf-8")
+        for found in measure(args, models):
+            rows += found
+            result["load_average"]["after"] = load_average()
+            write_json(path, result)
     print(f"wrote {path}")
     if args.figure:
         draw(result, args.figure)

@@ -1,15 +1,18 @@
 """Peak memory of a training step, rivals side by side: `python bench/memory.py [--json FILE] [--figure FILE]`.
 
 Predicted for every rival that the predictor covers; measured too where there is a CUDA device (peak of the caching
-allocator over one step after two warm-up steps, workspaces included). The figure shows our trade-off curve with the
-rivals as points, and how the peak grows with the batch.
+allocator over one step after two warm-up steps, workspaces included), each in a process of its own. The figure shows
+our trade-off curve with the rivals as points, and how the peak grows with the batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +45,26 @@ def predicted(config: Any, rival: Rival, shape: tuple[int, int, int], precision:
     )
 
 
-def measured(config: Any, rival: Rival, shape: tuple[int, int, int], precision: str, attention: str) -> float | None:
-    """Peak MiB allocated on CUDA, or None without a device or for the Trainer's row (its step is the row above)."""
+def measured(*step: Any) -> float | None:
+    """`_measured` in a process of its own: what libraries and compilers keep on the device would count for the next.
+
+    None without a device, for the Trainer's row (its step is the row above) and for a rival that fails here.
+    """
+    rival: Rival = step[1]
     if not torch.cuda.is_available() or rival.trainer:
         return None
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_measured, *step).result()
+        except (RuntimeError, ValueError, BrokenProcessPool) as error:
+            print(f"{rival.name}: not measured: {error}", file=sys.stderr, flush=True)
+            return None
+
+
+def _measured(config: Any, rival: Rival, shape: tuple[int, int, int], precision: str, attention: str) -> float:
+    """Peak MiB allocated on CUDA."""
     from transformers import AutoModelForSeq2SeqLM
 
-    torch.cuda.empty_cache()
-    if torch.cuda.memory_allocated():
-        raise SystemExit("bench/memory: memory is allocated before the model is; run it in a fresh process")
     model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attention).cuda().train()
     optimizer = torch.optim.AdamW(
         model.parameters(), foreach=rival.optimizer == "foreach", fused=rival.optimizer == "fused"
