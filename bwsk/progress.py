@@ -148,8 +148,10 @@ def progress(
 
 
 def _is_terminal(file: TextIO) -> bool:
-    from rich.console import Console
-
+    try:
+        from rich.console import Console
+    except ImportError:  # a bare GPU machine, where nothing but lines is wanted
+        return False
     console = Console(file=file)
     return console.is_terminal and not console.is_dumb_terminal
 
