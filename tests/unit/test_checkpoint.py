@@ -22,6 +22,7 @@ from bwsk.files import sha256_json
 
 CPU = torch.device("cpu")
 IDENTITY = {"lr": 0.1}
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="the random generator of a GPU needs a CUDA device")
 
 
 def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -140,3 +141,17 @@ def test_optimizer_and_random_states_continue_as_if_never_stopped() -> None:
     step(resumed, resumed_optimizer)
     assert torch.equal(resumed.weight, model.weight)
     assert torch.equal(resumed.bias, model.bias)
+
+
+@CUDA
+def test_a_gpus_random_generator_and_tensors_go_through_a_checkpoint(tmp_path: Path) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    weights = torch.rand(3, device=device)
+    checkpoints.save(10, {"model": {"w": weights}, "random": random_states(device)}, {})
+    drawn = torch.rand(5, device=device)
+    loaded, _ = checkpoints.load(device)
+    assert loaded["model"]["w"].device == device
+    assert torch.equal(loaded["model"]["w"], weights)
+    restore_random_states(loaded["random"], device)
+    assert torch.equal(torch.rand(5, device=device), drawn)
