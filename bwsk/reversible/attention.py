@@ -112,7 +112,11 @@ def _probabilities(call: AttentionCall, q3: Tensor, kt3: Tensor, batch: int, bia
             in_place = torch.result_type(scores, term) == scores.dtype
             scores = scores.add_(term) if in_place else scores + term
     if call.dtype is not None and acts_as_cuda(scores):
-        scores = scores.to(torch.float32)  # autocast's rule for softmax, which the CPU does not have
+        # Autocast's rule for softmax, which the CPU does not have. From float16 it is one kernel on CUDA, whose sums over
+        # long rows have another order than those of the float32 one.
+        if scores.is_cuda and scores.dtype is torch.float16:
+            return torch.softmax(scores, dim=-1, dtype=torch.float32), raw
+        scores = scores.to(torch.float32)
     return torch.softmax(scores, dim=-1), raw
 
 
