@@ -201,9 +201,12 @@ def plain(gate: Gate, model: Any, source: Any, precision: str, checkpointing: bo
 def ours(gate: Gate, model: Any, source: Any, precision: str, shape: tuple[int, int, int], name: str) -> None:
     """The product's own step: `ours-conventional-eager`, `ours-reversible-graph`, …"""
     from bwsk import make_reversible
+    from bwsk.faults import keep_projection_out_of_float16
     from bwsk.step import make_optimizer, make_step
 
     _, mode, backend = name.split("-")
+    if precision == "fp16":
+        keep_projection_out_of_float16(model)
     if mode == "reversible":
         batch, ins, outs = shape
         make_reversible(model, "fast", batch=batch, input_length=ins, target_length=outs, precision=precision)
