@@ -112,8 +112,8 @@ def _probabilities(call: AttentionCall, q3: Tensor, kt3: Tensor, batch: int, bia
             in_place = torch.result_type(scores, term) == scores.dtype
             scores = scores.add_(term) if in_place else scores + term
     if call.dtype is not None and acts_as_cuda(scores):
-        # Autocast's rule for softmax, which the CPU does not have. From float16 it is one kernel on CUDA, whose sums over
-        # long rows have another order than those of the float32 one.
+        # Autocast's rule for softmax, which the CPU does not have. From float16 it is one kernel on CUDA, which sums up
+        # long rows in another order than the float32 one.
         if scores.is_cuda and scores.dtype is torch.float16:
             return torch.softmax(scores, dim=-1, dtype=torch.float32), raw
         scores = scores.to(torch.float32)
