@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import gc
 import hashlib
 import math
 import os
@@ -37,7 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.rivals import config
+from bench.rivals import config, release
 from bench.run import kept, machine, sources
 from bwsk import make_reversible
 from bwsk.checkpoint import optimizer_state, random_states, restore_optimizer, restore_random_states
@@ -135,7 +134,7 @@ def trained(args: argparse.Namespace, setting: Setting) -> Outcome:
     """Everything that a short run decides."""
     cuda = args.device == "cuda"
     configure(torch.device(args.device), threads=args.threads, deterministic=setting.deterministic, tf32=False)
-    gc.collect()  # models of runs before hang in cycles, and would count
+    release(args.device)
     before = 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -266,7 +265,6 @@ def main() -> None:
             peaks[f"{setting.mode}, {setting.backend}, {setting.precision}"] = outcome.peak_mib
         return outcome
 
-    warm = False
     known = {entry["check"]: entry for entry in found}
     for check in checks(args, run):
         entry = known.get(check.name)
@@ -276,9 +274,6 @@ def main() -> None:
             entry["error"] = "the process ended in it; delete this file to check again"
             found.append(entry)
             write_json(path, result)
-            if args.device == "cuda" and not warm:
-                trained(args, Setting("conventional", "eager", "float32", steps=1))  # what libraries keep for good
-                warm = True
             if not _run(check, entry) and args.device == "cuda":
                 write_json(path, result)
                 sys.stdout.flush()

@@ -12,7 +12,6 @@ variant is done, names its measured training and validation time, step time, pea
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import signal
@@ -30,7 +29,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"bench/gpu_study: {error.name} is missing; carry its wheel (see bench/gpu-study.sh)") from None
 
-from bench.rivals import T5_SMALL
+from bench.rivals import T5_SMALL, release
 from bench.run import machine
 from bwsk.errors import BwskError
 from bwsk.files import read_json, write_json
@@ -95,7 +94,7 @@ def train(params: Any, out: Path, inputs: Any, device: Any, done: Callable[[], N
     for variant in params.variant_names:
         if not _results(out, variant).is_file():
             _train(params, variant, out, inputs, device)
-            gc.collect()  # its model hangs in cycles, and would count as memory of the next
+            release(device.type)
             done()
             _say(f"{variant}: done")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,14 @@ def config(model: str | None, attention: str) -> Any:
     found = T5Config(**T5_SMALL) if model is None else load_config(model)
     found._attn_implementation = attention
     return found
+
+
+def release(device: str) -> None:
+    """Free what a finished run leaves on the device, where it would count as memory of the next: models that hang in
+    cycles, and the workspaces that cuBLAS keeps for each thread and stream. No graph may be replayed afterwards."""
+    gc.collect()
+    if device == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @contextmanager
