@@ -114,7 +114,8 @@ def window_nll(
     model.eval()
     sums: list[Tensor] = []
     try:
-        with torch.inference_mode(), autocast(device, params.precision):
+        # Not inference_mode, in which autocast would cast every weight again at each use.
+        with torch.no_grad(), autocast(device, params.precision):
             for first in range(0, len(starts), params.batch_size):
                 batch_starts = starts[first : first + params.batch_size]
                 batch = split_block(tokens[batch_starts[:, None] + offsets], device)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from bwsk import make_reversible
@@ -123,3 +124,26 @@ def test_a_model_whose_logits_are_not_the_last_product(tokens: np.ndarray) -> No
     bart.final_logits_bias.uniform_(-3, 3)
     found = published_perplexity(bart, tokens, window=WINDOW, stride=STRIDE, params=EvaluateParams(batch_size=7))
     assert found == pytest.approx(published_by_hand(bart, tokens), rel=1e-6)
+
+
+def test_autocast_casts_a_weight_once(model: T5ForConditionalGeneration, tokens: np.ndarray) -> None:
+    """Not at each window; and what it keeps, without a gradient, does not outlive the evaluation."""
+    params = EvaluateParams(batch_size=7, precision="bfloat16")
+    casts: list[torch.Size] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
+                casts.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with Count():
+            published_perplexity(model, tokens, window=WINDOW, stride=STRIDE, params=params)
+        batch = torch.from_numpy(tokens[None, :8].astype(np.int64))
+        model(input_ids=batch, labels=batch).loss.backward()
+    linears = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(casts) == len(linears)
+    assert all(weight.grad is not None for weight in linears)
+    model.zero_grad()
