@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from bwsk import BwskError, make_reversible
-from bwsk.reversible import t5
+from bwsk.reversible.t5_rule import changed
 from tests.unit.test_reversible_gradients import batch, differences, pair, reversible, train
 
 
@@ -233,7 +233,7 @@ def test_asking_for_hidden_states_once_does_not_switch_blocks_off():
     reversible(ours, "max")
     ours.train()(**batch(1), output_hidden_states=True)
     assert ours.encoder.block[0].layer[0]._forward_hooks
-    assert not t5._changed(ours.encoder.block[0]._bwsk)
+    assert not changed(ours.encoder.block[0]._bwsk)
     assert len(ours(**batch(1), output_attentions=True).cross_attentions) == 2
 
 
