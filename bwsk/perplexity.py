@@ -31,10 +31,6 @@ from bwsk.model import split_block
 if TYPE_CHECKING:
     from bwsk.params import EvaluateParams
 
-# On a CPU more tokens at a time are no faster, and the scores of T5-small's attention would be fresh memory each time
-# (see `processor`).
-MOST_TOKENS_ON_CPU = 4096
-
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -113,7 +109,6 @@ def window_nll(
 ) -> np.ndarray:
     """NLL in nats of each window's labels, (n_windows,) float64; `on_batch` is told the windows of each batch."""
     device = next(model.parameters()).device
-    size = params.batch_size if device.type != "cpu" else min(params.batch_size, max(1, MOST_TOKENS_ON_CPU // window))
     offsets = np.arange(window)
     was_training = model.training
     model.eval()
@@ -121,8 +116,8 @@ def window_nll(
     try:
         # Not inference_mode, in which autocast would cast every weight again at each use.
         with torch.no_grad(), autocast(device, params.precision):
-            for first in range(0, len(starts), size):
-                batch_starts = starts[first : first + size]
+            for first in range(0, len(starts), params.batch_size):
+                batch_starts = starts[first : first + params.batch_size]
                 batch = split_block(tokens[batch_starts[:, None] + offsets], device)
                 with _head_apart(model) as head:
                     states = model(**_without_loss(model, batch), use_cache=False).logits

@@ -35,6 +35,7 @@ from bwsk.files import atomic_directory, read_json, sha256_file, write_json
 from bwsk.model import TOKENIZER_FILES, initial_model, load_weights, save_variant, split_block, weights
 from bwsk.params import SPLITS, Params
 from bwsk.perplexity import evaluation_starts, published_perplexity
+from bwsk.processor import give_back_freed_memory
 from bwsk.progress import Bar, progress
 from bwsk.provenance import identity, versions
 from bwsk.schedule import Schedule
@@ -307,6 +308,8 @@ class Run:
             state.erasure_curve.append({"step": state.step, **measured})
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        else:
+            give_back_freed_memory()
         state.validated_step = state.step
         state.validation_time_s += time.perf_counter() - started
 
