@@ -106,17 +106,17 @@ found = [torch.equal(plain[-1], one[-1]), sum(map(torch.equal, one, other)), len
 def test_the_heap_keeps_what_was_freed() -> None:
     """MiB of fresh pages in a round of blocks like the rounds before it: glibc alone asks for all of them again."""
     code = """
-import ctypes, resource
+import resource
 {settings}
 def work():
     blocks = [torch.ones(mib << 18) for mib in (100, 1, 40)]
     while blocks:
         blocks.pop()
-for _ in range(5):
+def fresh():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     work()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-work()
-found = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20
+found = min(fresh() for _ in range(10))  # the first ones, until the holes fit
 """
     kept = "from bwsk.processor import keep_freed_memory\nassert keep_freed_memory()"
     assert answer(code.format(settings=kept)) < 5
