@@ -202,6 +202,7 @@ def ours(gate: Gate, model: Any, source: Any, precision: str, shape: tuple[int, 
     """The product's own step: `ours-conventional-eager`, `ours-reversible-graph`, …"""
     from bwsk import make_reversible
     from bwsk.faults import keep_projection_out_of_float16
+    from bwsk.processor import keep_freed_memory
     from bwsk.step import make_optimizer, make_step
 
     _, mode, backend = name.split("-")
@@ -214,9 +215,12 @@ def ours(gate: Gate, model: Any, source: Any, precision: str, shape: tuple[int, 
     optimizer = make_optimizer(model, recipe, 1e-5)
     scaler = torch.amp.GradScaler(gate.device.type, enabled=precision == "fp16")
     step = make_step(backend, model, optimizer, scaler, DTYPES[precision], 1.0)
+    settled = False
     while True:
         gate.begin()
         step(next(source), 1e-5)
+        if gate.device.type == "cpu" and not settled:  # training does it at each point of the loss curve
+            settled = keep_freed_memory()
         gate.end()
 
 

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from bwsk import hub
 from bwsk.errors import BwskError
+from bwsk.free_memory import free_host_memory
 from bwsk.params import DirectoryCorpus, Params, load_params
 
 Status = Literal["ok", "warn", "fail"]
@@ -90,12 +91,11 @@ def _hardware(place: Path) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS")
     yield Finding("CPU", "ok", f"{cores} cores" + (f", OMP_NUM_THREADS={threads}" if threads else ""))
-    memory = _memory()
+    memory = free_host_memory()
     if memory is not None:
-        total, free = memory
-        status: Status = "ok" if free >= 4 * GIB else "warn"
-        advice = "" if status == "ok" else "T5-small wants 4 GiB free; close other programs"
-        yield Finding("memory", status, f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB", advice)
+        status: Status = "ok" if memory >= 4096 else "warn"
+        advice = "" if status == "ok" else "T5-small wants 4 GiB; close other programs, or raise the limit set here"
+        yield Finding("memory", status, f"{memory / 1024:.1f} GiB free", advice)
     existing = next(folder for folder in (place.resolve(), *place.resolve().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     # Six T5-small variants with two checkpoints each, weights and AdamW moments: about 10 GiB.
@@ -104,16 +104,6 @@ def _hardware(place: Path) -> Iterator[Finding]:
     yield Finding("disk", status, f"{free / GIB:.1f} GiB free for the study", advice)
     if not os.access(existing, os.W_OK):
         yield Finding("directory", "fail", f"{existing} is not writable", "run the study where you can write")
-
-
-def _memory() -> tuple[int, int] | None:
-    """Total and available bytes of memory; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kib = {key: int(value.split()[0]) for key, _, value in (line.partition(":") for line in lines)}
-        return kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
 
 
 def _gpus() -> list[tuple[Finding, bool]]:

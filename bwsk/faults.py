@@ -11,8 +11,6 @@ The feed-forward's output projection, where T5 is known to overflow, is therefor
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +23,6 @@ FORWARD_LIMIT = 10
 SKIPPED_LIMIT = 30
 # Share of a run's steps that forward overflows may cost altogether.
 FORWARD_SHARE = 0.02
-MIB = 2**20
 
 
 def keep_projection_out_of_float16(model: nn.Module) -> None:
@@ -119,29 +116,3 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and any(text in str(error) for text in ("DefaultCPUAllocator", "not enough memory", "CUDA out of memory"))
     )
-
-
-def free_memory(device: torch.device) -> float | None:
-    """MiB that this process can still have on `device`; None if the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / MIB
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB
-    except (ValueError, OSError):
-        return None
-    return min(free, _address_space())
-
-
-def _address_space() -> float:
-    """MiB that the process may still map under its limit (`ulimit -v`); infinite without one."""
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
-        return math.inf
-    try:
-        with open("/proc/self/statm") as file:
-            mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        mapped = 0
-    return max(limit - mapped, 0) / MIB

@@ -27,6 +27,7 @@ from torch import Tensor
 from bwsk.device import autocast
 from bwsk.errors import BwskError
 from bwsk.model import split_block
+from bwsk.processor import keep_freed_memory
 
 if TYPE_CHECKING:
     from bwsk.params import EvaluateParams
@@ -109,6 +110,8 @@ def window_nll(
 ) -> np.ndarray:
     """NLL in nats of each window's labels, (n_windows,) float64; `on_batch` is told the windows of each batch."""
     device = next(model.parameters()).device
+    if device.type == "cpu":
+        keep_freed_memory()
     offsets = np.arange(window)
     was_training = model.training
     model.eval()

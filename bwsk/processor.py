@@ -6,9 +6,10 @@ large float32 products go to oneDNN there, in forward and backward alike: as exa
 study runs in a process that is set like this, so what has the same bits in one has them in the other.
 
 **Freed memory.** glibc gives large blocks, and what is free at the end of its heap, back to the system at once, and a
-training step then asks for all of it again, page by page: a quarter of a million faults a step for T5-small. Here the
-heap keeps everything for the next step. Its holes do not always fit again (before glibc 2.38 an aligned block needs
-more room than it leaves), so a training gives all free pages back after each validation.
+training step then asks for all of it again, page by page: a quarter of a million faults a step for T5-small. The heap
+can keep everything for the next step. Its holes do not always fit again (before glibc 2.38 an aligned block needs more
+room than it leaves), which costs up to half as much memory again. So it keeps only where there is plenty, looked at
+again every few steps, and a training gives all free pages back after each validation.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bwsk.free_memory import free_host_memory, resident_memory
+
 # Products with fewer multiply-adds stay with MKL: below, the way through Python takes longer than what is gained.
 WORTH_IT = 1 << 22
-# The numbers of mallopt's parameters, from glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# mallopt's parameters, by their numbers in glibc's malloc.h, and two settings. What glibc itself comes to in a process
+# that frees large blocks; and to keep everything: the heap's end never trimmed (-1), no block mapped apart from it.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_GLIBC = {_M_TRIM_THRESHOLD: 64 * 2**20, _M_MMAP_THRESHOLD: 32 * 2**20, _M_MMAP_MAX: 65536}
+_KEEP = {_M_TRIM_THRESHOLD: -1, _M_MMAP_MAX: 0}
 # What `torch.library` registers lasts as long as this object.
 _OVERRIDE: list[torch.library.Library] = []
 
@@ -34,7 +40,6 @@ def tune() -> None:
     """Set up this process; what the machine does not need or have is left out. Again is harmless."""
     if mkl_falls_short():
         multiply_by_onednn()
-    keep_freed_memory()
 
 
 @cache
@@ -71,15 +76,24 @@ def multiply_by_onednn() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Let the heap keep what was freed, for the next step; False where the C library is not glibc."""
-    if platform.libc_ver()[0] != "glibc":
+    """Let the heap keep what is freed for the next step while the process can have twice the most it ever had.
+
+    True if it does from now on. Meant to be called every few steps; without glibc it does nothing.
+    """
+    if not _on_glibc():
         return False
+    resident, free = resident_memory(), free_host_memory()
+    keep = resident is not None and free is not None and 2 * resident[1] <= resident[0] + free
     mallopt = ctypes.CDLL(None).mallopt
-    # All blocks on the heap, none mapped by itself; and no trimming of the heap's end (-1 is glibc's word for that).
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    return all(mallopt(*setting) for setting in (_KEEP if keep else _GLIBC).items()) and keep
 
 
 def give_back_freed_memory() -> None:
     """Give the pages of all that is free back to the system, also from the middle of the heap; glibc only."""
-    if platform.libc_ver()[0] == "glibc":
+    if _on_glibc():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@cache
+def _on_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"

@@ -35,7 +35,7 @@ from bwsk.files import atomic_directory, read_json, sha256_file, write_json
 from bwsk.model import TOKENIZER_FILES, initial_model, load_weights, save_variant, split_block, weights
 from bwsk.params import SPLITS, Params
 from bwsk.perplexity import evaluation_starts, published_perplexity
-from bwsk.processor import give_back_freed_memory
+from bwsk.processor import give_back_freed_memory, keep_freed_memory
 from bwsk.progress import Bar, progress
 from bwsk.provenance import identity, versions
 from bwsk.schedule import Schedule
@@ -272,6 +272,8 @@ class Run:
             state.pending_losses += finite
             state.last_loss = finite[-1] if finite else state.last_loss
             self.losses, self.norms = [], []
+            if self.device.type == "cpu":
+                keep_freed_memory()
         if point and state.pending_losses:
             state.train_loss_steps.append(state.step)
             state.train_loss_curve.append(statistics.fmean(state.pending_losses))

@@ -34,8 +34,9 @@ def train(
     After an interruption, give the same command again: it continues from its last checkpoint.
     """
     from bwsk.device import pick_device
-    from bwsk.faults import free_memory, is_out_of_memory
+    from bwsk.faults import is_out_of_memory
     from bwsk.files import require_writable
+    from bwsk.free_memory import free_memory
     from bwsk.locks import wait_lock
     from bwsk.params import load_params
     from bwsk.train import Inputs, Interrupted, Run, finished

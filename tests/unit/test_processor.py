@@ -124,6 +124,33 @@ found = min(fresh() for _ in range(10))  # the first ones, until the holes fit
 
 
 @GLIBC
+def test_a_process_that_can_have_little_more_keeps_nothing() -> None:
+    """At its peak it has half of all that it can have, so that a heap full of holes could be too much."""
+    keeps, fresh = answer("""
+import resource
+from bwsk.free_memory import free_host_memory, resident_memory
+from bwsk.processor import keep_freed_memory
+def work():
+    torch.ones(200 << 18)
+def limit(mib):
+    mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + mib * 2**20, resource.RLIM_INFINITY))
+work()
+keeps = []
+now, most = resident_memory()
+for mib in (2 * most - now + 50, 2 * most - now - 50, 2 * most - now + 50, 2 * most - now - 50):
+    limit(int(mib))
+    keeps.append(keep_freed_memory())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+fresh = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20
+found = [keeps, fresh]
+""")
+    assert keeps == [True, False, True, False]
+    assert fresh > 190
+
+
+@GLIBC
 def test_holes_in_the_heap_are_given_back() -> None:
     """Large blocks that are freed between small ones that stay."""
     found = answer("""
