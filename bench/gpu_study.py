@@ -67,9 +67,9 @@ def prepare(params: Any, out: Path, architecture: dict[str, Any]) -> Any:
     from bwsk.base import make_base
     from bwsk.census import classify
     from bwsk.corpus import make_corpus
+    from bwsk.inputs import Inputs
     from bwsk.tokenizer import make_tokenizer
     from bwsk.tokens import make_tokens
-    from bwsk.train import Inputs
 
     build = out / "build"
     if not (build / "tokens" / "tokens.json").is_file():
@@ -153,7 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         from bwsk.device import pick_device
-        from bwsk.train import Interrupted
+        from bwsk.interruption import Interrupted
 
         params = write_study(args.out, args)
         device = pick_device(0 if args.cpu else 1)

@@ -14,14 +14,11 @@ The hot loop does not wait for the device: losses and gradient norms stay there 
 from __future__ import annotations
 
 import math
-import signal
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -32,96 +29,20 @@ from bwsk.device import autocast, check_precision, configure, device_name
 from bwsk.errors import BwskError
 from bwsk.faults import first_not_finite, hopeless, keep_projection_out_of_float16
 from bwsk.files import atomic_directory, read_json, sha256_file, write_json
-from bwsk.model import TOKENIZER_FILES, initial_model, load_weights, save_variant, split_block, weights
+from bwsk.inputs import Inputs
+from bwsk.interruption import Interrupted, StopSignal
+from bwsk.model import initial_model, load_weights, save_variant, split_block, weights
 from bwsk.params import SPLITS, Params
 from bwsk.perplexity import evaluation_starts, published_perplexity
 from bwsk.processor import give_back_freed_memory, keep_freed_memory
 from bwsk.progress import Bar, progress
 from bwsk.provenance import identity, versions
 from bwsk.schedule import Schedule
+from bwsk.state import State
 from bwsk.step import check_backend, make_optimizer, make_step
 from bwsk.tokens import blocks, load_tokens
 
 MIB = 2**20
-
-
-@dataclass
-class State:
-    """What a run has done so far, as strict JSON; with the tensors of a checkpoint it is all there is to a run."""
-
-    step: int = 0
-    validated_step: int = 0
-    stopped_early: bool = False
-    stale_validations: int = 0
-    best_step: int | None = None
-    best_perplexity: float | None = None
-    pending_losses: list[float] = field(default_factory=list)
-    last_loss: float | None = None
-    train_loss_steps: list[int] = field(default_factory=list)
-    train_loss_curve: list[float] = field(default_factory=list)
-    val_steps: list[int] = field(default_factory=list)
-    val_perplexity_curve: list[float] = field(default_factory=list)
-    erasure_curve: list[dict[str, Any]] = field(default_factory=list)
-    nan_count: int = 0  # steps whose loss was not finite
-    skipped_steps: int = 0  # steps that the gradient scaler skipped
-    nan_in_a_row: int = 0
-    skipped_in_a_row: int = 0
-    step_times_s: list[float] = field(default_factory=list)
-    training_time_s: float = 0.0
-    validation_time_s: float = 0.0
-    peak_memory_mib: float | None = None
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a training run reads: the folders of tokens, tokenizer and base checkpoint, and what was said beforehand.
-
-    `census` and `memory` are the JSON files of `bwsk classify` and of `bwsk memory`; they are reported, not trained on.
-    """
-
-    tokens: Path
-    tokenizer: Path
-    base: Path
-    census: Path
-    memory: Path | None = None
-
-    def check(self, init: str) -> tuple[dict[str, Any], dict[str, str]]:
-        """base.json and the sha256 of the tokens of each split; BwskError if a file is missing or another's.
-
-        Everything that a run reads at its end is looked at here, before it trains.
-        """
-        base, tokens = read_json(self.base / "base.json"), read_json(self.tokens / "tokens.json")
-        recorded = {self.base / "config.json": lambda: base["config_sha256"]}
-        if init == "finetune":
-            recorded[self.base / "model.safetensors"] = lambda: base["sha256"]
-        for split in SPLITS:
-            recorded[self.tokens / f"{split}.npy"] = lambda split=split: tokens["splits"][split]["sha256"]
-        for file, sha256 in recorded.items():
-            try:
-                known, found = sha256(), sha256_file(file)
-            except (KeyError, TypeError):
-                raise BwskError(f"{file}: its step recorded no sha256 of it; run that step again") from None
-            except OSError as error:
-                raise BwskError(f"{file}: cannot be read ({error.strerror}); run the step that makes it") from None
-            if found != known:
-                raise BwskError(f"{file}: is not the file that its step wrote; run that step again")
-        for file, keys in ((self.census, ("s_ratio", "k_ratio")), (self.memory, ("peak_mib",))):
-            values = read_json(file) if file else {}
-            for key in keys if file else ():
-                if not isinstance(values.get(key), (int, float)):
-                    raise BwskError(f"{file}: found {values.get(key)!r} as {key}, must be a number; make it again")
-        for name in TOKENIZER_FILES:
-            if not (self.tokenizer / name).is_file():
-                raise BwskError(f"{self.tokenizer / name}: no such file; run the tokenizer step")
-        return base, {split: tokens["splits"][split]["sha256"] for split in SPLITS}
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; a checkpoint has been written. `signum` is the signal."""
-
-    def __init__(self, signum: int, checkpoint: Path, step: int) -> None:
-        self.signum = signum
-        super().__init__(f"{signal.Signals(signum).name}: stopped after step {step}, resumes from {checkpoint}")
 
 
 class _Stopped(Exception):
@@ -181,7 +102,7 @@ class Run:
         # Device scalars of the steps since the last point of the loss curve; fetched together in `_collect`.
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
-        self.stop_signal: int | None = None
+        self.stop = StopSignal(say)
         self.checkpoints = Checkpoints(checkpoints, self.provenance, warn=say)
         self.saved = self.checkpoints.folder  # the newest checkpoint, once there is one
         self._resume()
@@ -192,7 +113,7 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of the training alone: not of loading, nor of a run before this one
         with (
-            self._signals(),
+            self.stop.watched(),
             progress(schedule.total_steps, f"train {self.variant}", unit="step", start=state.step) as bar,
         ):
             clock = time.perf_counter()
@@ -200,20 +121,24 @@ class Run:
             while True:
                 if schedule.logs(state.step) and self.losses:
                     clock = self._collect(clock)
-                    bar.advance(0, loss=state.last_loss or math.inf, **{"tokens/s": self._tokens_per_s()})
+                    bar.advance(
+                        0,
+                        loss=state.last_loss or math.inf,
+                        **{"tokens/s": self._tokens_per_step / state.step_times_s[-1]},
+                    )
                 if schedule.validates(state.step) and state.validated_step != state.step:
                     clock = self._collect(clock, point=False)
                     with suppress(_Stopped):  # the checkpoint is then from before the validation
                         self._validate(bar)
                     clock = time.perf_counter()
                 ended = state.step == schedule.total_steps or state.stopped_early
-                if ended or schedule.checkpoints(state.step) or self.stop_signal:
+                if ended or schedule.checkpoints(state.step) or self.stop.number:
                     clock = self._collect(clock, point=ended)
                     if state.step != resumed_at or state.validated_step != resumed_validated:
                         self.saved = self._checkpoint()
                     clock = time.perf_counter()
-                    if self.stop_signal:
-                        raise Interrupted(self.stop_signal, self.saved, state.step)
+                    if self.stop.number:
+                        raise Interrupted(self.stop.number, self.saved, state.step)
                 if ended:
                     return
                 self._step()
@@ -226,12 +151,12 @@ class Run:
         """
         assert self.best is not None
         load_weights(self.model, self.best)
-        with self._signals(), progress(self._n_windows("test"), f"test {self.variant}", unit="window") as bar:
+        with self.stop.watched(), progress(self._n_windows("test"), f"test {self.variant}", unit="window") as bar:
 
             def on_batch(count: int) -> None:
                 bar.advance(count)
-                if self.stop_signal:
-                    raise Interrupted(self.stop_signal, self.saved, self.state.step)
+                if self.stop.number:
+                    raise Interrupted(self.stop.number, self.saved, self.state.step)
 
             test = self._perplexity("test", on_batch)
         with atomic_directory(out) as folder:
@@ -239,10 +164,8 @@ class Run:
             results = self._results(test, sha256_file(folder / "model.safetensors"))
             write_json(folder / "training_results.json", results)
         if curves is not None:
-            state = self.state
             with atomic_directory(curves) as folder:
-                _write_csv(folder / "train.csv", "loss", state.train_loss_steps, state.train_loss_curve)
-                _write_csv(folder / "validation.csv", "perplexity", state.val_steps, state.val_perplexity_curve)
+                self.state.write_curves(folder)
         self.checkpoints.discard()
         return results
 
@@ -264,20 +187,14 @@ class Run:
             losses = torch.stack(self.losses).tolist()
             norms = torch.stack(self.norms).tolist()
             now = time.perf_counter()
-            state.training_time_s += now - clock
-            state.step_times_s.append((now - clock) / len(losses))
+            state.note_steps(losses, now - clock)
             clock = now
             self._check_finite(losses, norms)
-            finite = [loss for loss in losses if math.isfinite(loss)]  # the others are counted, and are no JSON
-            state.pending_losses += finite
-            state.last_loss = finite[-1] if finite else state.last_loss
             self.losses, self.norms = [], []
             if self.device.type == "cpu":
                 keep_freed_memory()
-        if point and state.pending_losses:
-            state.train_loss_steps.append(state.step)
-            state.train_loss_curve.append(statistics.fmean(state.pending_losses))
-            state.pending_losses = []
+        if point:
+            state.close_point()
         return clock
 
     def _validate(self, bar: Bar) -> None:
@@ -289,20 +206,14 @@ class Run:
             nonlocal seen
             seen += count
             bar.advance(0, validation=f"{seen / n_windows:.0%}")
-            if self.stop_signal:
+            if self.stop.number:
                 raise _Stopped
 
         value = self._perplexity("validation", on_batch)
         bar.advance(0, validation="done", perplexity=value)
-        state.val_steps.append(state.step)
-        state.val_perplexity_curve.append(value)
-        if state.best_perplexity is None or value < state.best_perplexity:
-            state.best_step, state.best_perplexity, state.stale_validations = state.step, value, 0
+        if state.note_validation(value, self.params.train.patience):
             # On the host: on the device a second model would count as training memory.
             self.best = {name: tensor.to("cpu", copy=True) for name, tensor in weights(self.model).items()}
-        else:
-            state.stale_validations += 1
-            state.stopped_early = state.stale_validations >= self.params.train.patience
         if self.meter is not None:
             batch = split_block(self.blocks[self.schedule.batch(state.step - 1, self.params.seed)], self.device)
             with autocast(self.device, self.params.train.precision):
@@ -366,15 +277,9 @@ class Run:
         """Count non-finite losses and skipped steps; BwskError once no later step can be better (`faults`)."""
         state, scaled = self.state, self.scaler.is_enabled()
         for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=state.step - len(losses) + 1):
-            forward, skipped = not math.isfinite(loss), not math.isfinite(norm)
-            state.nan_count += forward
-            state.nan_in_a_row = state.nan_in_a_row + 1 if forward else 0
-            state.skipped_steps += scaled and skipped
-            state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
-            in_a_row = state.nan_in_a_row if forward else state.skipped_in_a_row
-            planned = self.schedule.total_steps
-            if (forward or skipped) and hopeless(forward, in_a_row, state.nan_count, planned, scaled):
-                raise self._not_finite(step, "loss" if forward else "gradient")
+            what, in_a_row = state.count_not_finite(loss, norm, scaled)
+            if what and hopeless(what == "loss", in_a_row, state.nan_count, self.schedule.total_steps, scaled):
+                raise self._not_finite(step, what)
 
     def _not_finite(self, step: int, what: str) -> BwskError:
         """The error for a loss or gradient that is not finite at `step` (1-based), with the module where it began."""
@@ -416,24 +321,9 @@ class Run:
         train = self.params.train
         return (train.lr_finetune if self.init == "finetune" else train.lr_scratch) * self.schedule.lr_factor(step)
 
-    def _tokens_per_s(self) -> float:
-        return self.params.train.batch_size * self.params.tokens.block / self.state.step_times_s[-1]
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask to stop where a checkpoint can be written, for as long as the block runs."""
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.stop_signal:  # asked twice: now
-            raise KeyboardInterrupt
-        self.stop_signal = signum
-        self.say(f"{signal.Signals(signum).name}: writing a checkpoint, then stopping (again to stop at once)")
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.params.train.batch_size * self.params.tokens.block
 
     def _provenance(self) -> dict[str, Any]:
         base, shas = self.inputs.check(self.init)
@@ -455,32 +345,14 @@ class Run:
             "variant": self.variant,
             "init": self.init,
             "mode": self.mode,
-            "final_train_loss": state.last_loss,
-            "best_val_metric": state.best_perplexity,
+            **state.figures(self._tokens_per_step),
             "test_metric": test,
             "epochs_completed": -(-state.step // self.schedule.steps_per_epoch),
-            "total_steps": state.step,
             "planned_steps": self.schedule.total_steps,
-            "best_step": state.best_step,
-            "early_stopped": state.stopped_early,
-            "wall_time_s": state.training_time_s + state.validation_time_s,
-            "training_time_s": state.training_time_s,
-            "validation_time_s": state.validation_time_s,
-            "step_time_ms": 1000.0 * statistics.median(state.step_times_s),
-            "tokens_per_s": self.params.train.batch_size
-            * self.params.tokens.block
-            / statistics.median(state.step_times_s),
-            "peak_memory_mb": state.peak_memory_mib,
             "predicted_peak_memory_mb": read_json(self.inputs.memory)["peak_mib"] if self.inputs.memory else None,
-            "nan_count": state.nan_count,
-            "skipped_steps": state.skipped_steps,
             "erasure_budget": census["k_ratio"] if analyzed else None,
             "parallelism_ratio": census["s_ratio"] if analyzed else None,
             "erasure_curve": state.erasure_curve if analyzed else None,
-            "val_steps": state.val_steps,
-            "val_perplexity_curve": state.val_perplexity_curve,
-            "train_loss_steps": state.train_loss_steps,
-            "train_loss_curve": state.train_loss_curve,
             "provenance": {**self.provenance, "weights_sha256": weights_sha256},
         }
 
@@ -496,8 +368,3 @@ def finished(out: Path, curves: Path | None, provenance: dict[str, Any]) -> dict
         return None
     complete = curves is None or (curves / "validation.csv").is_file()
     return results if same and complete else None
-
-
-def _write_csv(path: Path, name: str, steps: list[int], values: list[float]) -> None:
-    rows = [f"{step},{value!r}" for step, value in zip(steps, values, strict=True)]
-    path.write_text("\n".join([f"step,{name}", *rows]) + "\n")

@@ -37,9 +37,11 @@ def train(
     from bwsk.faults import is_out_of_memory
     from bwsk.files import require_writable
     from bwsk.free_memory import free_memory
+    from bwsk.inputs import Inputs
+    from bwsk.interruption import Interrupted
     from bwsk.locks import wait_lock
     from bwsk.params import load_params
-    from bwsk.train import Inputs, Interrupted, Run, finished
+    from bwsk.train import Run, finished
 
     params = load_params(params_file)
     params.split_variant(variant)

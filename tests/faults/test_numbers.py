@@ -17,10 +17,11 @@ import torch
 from bwsk import faults
 from bwsk.errors import BwskError
 from bwsk.files import sha256_file
+from bwsk.inputs import Inputs
 from bwsk.model import ATTENTION, load_model
 from bwsk.params import Params
 from bwsk.reversible import make_reversible
-from bwsk.train import Inputs, Run
+from bwsk.train import Run
 from tests.faults.conftest import Cases
 from tests.faults.harness import Server
 from tests.tiny import write_params

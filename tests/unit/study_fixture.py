@@ -18,11 +18,12 @@ from bwsk.census import classify
 from bwsk.corpus import embedded, make_corpus
 from bwsk.evaluate import evaluate_variant
 from bwsk.files import write_json
+from bwsk.inputs import Inputs
 from bwsk.params import SPLITS, Params, load_params
 from bwsk.results import collect
 from bwsk.tokenizer import make_tokenizer
 from bwsk.tokens import make_tokens
-from bwsk.train import Inputs, Run
+from bwsk.train import Run
 
 PARAMS = """\
 study: {title: Tiny study, repository: bwsk/tiny, published: t5-small}

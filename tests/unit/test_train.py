@@ -18,10 +18,11 @@ from transformers import AutoModelForSeq2SeqLM
 
 from bwsk.errors import BwskError
 from bwsk.files import sha256_file
+from bwsk.inputs import Inputs
 from bwsk.params import Params
 from bwsk.schedule import Schedule
 from bwsk.tokens import blocks, load_tokens
-from bwsk.train import Inputs, Run
+from bwsk.train import Run
 from tests.tiny import make_inputs, write_params
 
 CPU = torch.device("cpu")
