@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bwsk.device import autocast
@@ -31,6 +30,10 @@ from bwsk.processor import keep_freed_memory
 
 if TYPE_CHECKING:
     from bwsk.params import EvaluateParams
+
+# Labels whose logits exist at a time. Those of a batch of 32 windows are 1 GiB, and so is their softmax; with fewer
+# labels a CPU packs the projection's weights anew too often.
+ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,9 @@ def window_nll(
                 batch = split_block(tokens[batch_starts[:, None] + offsets], device)
                 with _head_apart(model) as head:
                     states = model(**_without_loss(model, batch), use_cache=False).logits
-                # Window by window: the logits of a batch of 32 are 1 GiB, and so is each temporary of their softmax.
-                rows = zip(states, batch["labels"], strict=True)
-                sums.append(torch.stack([_nll(head(row), labels) for row, labels in rows]))
+                together = max(1, ROWS_AT_ONCE // batch["labels"].shape[1])
+                for part, labels in zip(states.split(together), batch["labels"].split(together), strict=True):
+                    sums.append(_nll(head(part), labels))
                 on_batch(len(batch_starts))
     finally:
         model.train(was_training)
@@ -164,7 +167,9 @@ def _head_apart(model: torch.nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="none").double().sum()
+    """Of each window: (windows, length, vocabulary) and (windows, length) to (windows,) float64."""
+    log_probabilities = torch.log_softmax(logits, -1, dtype=torch.float32)
+    return -log_probabilities.gather(-1, labels[..., None]).double().sum((1, 2))
 
 
 def _exp(nll: float) -> float:

@@ -51,6 +51,14 @@ def test_the_published_protocol_is_the_plain_loop(model: T5ForConditionalGenerat
     assert found == pytest.approx(published_by_hand(model, tokens), rel=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 30, 10**6])  # one window at a time, two, three, all
+def test_the_windows_that_are_projected_together_do_not_change_the_result(
+    model: T5ForConditionalGeneration, tokens: np.ndarray, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bwsk.perplexity.ROWS_AT_ONCE", rows)
+    test_the_published_protocol_is_the_plain_loop(model, tokens)
+
+
 @pytest.mark.parametrize("batch_size", [2, 5, 32])
 def test_the_batch_size_does_not_change_the_result(
     model: T5ForConditionalGeneration, tokens: np.ndarray, batch_size: int
