@@ -17,7 +17,7 @@ _PRECISION = typer.Option(
 )
 
 
-@app.command(rich_help_panel=MODELS)
+@app.command(rich_help_panel=MODELS, epilog="Example: bwsk plan google-t5/t5-small --budget max")
 def plan(
     model: Model,
     budget: str = typer.Option("fast", "--budget", help="fast, balanced, max, a fraction (0.6) or a size (900MiB)."),
@@ -48,7 +48,7 @@ def plan(
         )
 
 
-@app.command(rich_help_panel=MODELS)
+@app.command(rich_help_panel=MODELS, epilog="Example: bwsk memory google-t5/t5-small --mode reversible --fit 8GB")
 def memory(
     model: Model,
     batch: Batch = 4,

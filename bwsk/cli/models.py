@@ -1,4 +1,4 @@
-"""Commands about models, without weights: `bwsk classify` and `bwsk trace`."""
+"""Commands: classify and trace. Neither loads weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STRICT = typer.Option(False, "--strict", help="Exit with an error if anything is
 TRAIN = typer.Option(True, "--train/--eval", help="Mode of the model: dropout and batch norm depend on it.")
 
 
-@app.command(rich_help_panel=MODELS)
+@app.command(rich_help_panel=MODELS, epilog="Example: bwsk classify google-t5/t5-small --rules strict")
 def classify(
     model: Model,
     rules: str = RULES,
@@ -127,7 +127,7 @@ def _print_census(source: str, name: str, chosen: Any, other: Any) -> None:
         )
 
 
-@app.command(rich_help_panel=MODELS)
+@app.command(rich_help_panel=MODELS, epilog="Example: bwsk trace google-t5/t5-small --autocast bf16")
 def trace(
     model: Model,
     batch: Batch = 4,
@@ -138,7 +138,7 @@ def trace(
     rules: str = typer.Option("strict", "--rules", help="Rule set that decides: strict or published."),
     training: bool = TRAIN,
     json: JsonFile = None,
-    figure: Path | None = typer.Option(None, "--figure", metavar="FILE", help="Draw what crosses the barriers."),
+    figure: Path | None = typer.Option(None, "--figure", metavar="FILE", help="Draw what crosses the barriers (.svg, .png or .pdf)."),
     strict: bool = STRICT,
 ) -> None:
     """List the operations of a training step, its phases and barriers.

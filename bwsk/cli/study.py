@@ -15,7 +15,7 @@ _PARAMS = Path("params.yaml")
 _VARIANT = "As scratch-bwsk-reversible: finetune or scratch, then conventional, bwsk-analyzed or bwsk-reversible."
 
 
-@app.command(rich_help_panel=STEPS)
+@app.command(rich_help_panel=STEPS, epilog="Example: bwsk train scratch-conventional --out results/scratch-conventional")
 def train(
     variant: Annotated[str, typer.Argument(help=_VARIANT)],
     out: Annotated[Path, typer.Option(help="Folder of the trained variant.")],
@@ -82,7 +82,7 @@ def train(
     )
 
 
-@app.command(rich_help_panel=STEPS)
+@app.command(rich_help_panel=STEPS, epilog="Example: bwsk evaluate results/scratch-conventional --text FILE")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model and its tokenizer.")],
     text: Annotated[Path | None, typer.Option(help="Evaluate on this UTF-8 text file.")] = None,

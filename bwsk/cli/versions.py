@@ -52,7 +52,7 @@ def restore(study: Study = _HERE) -> None:
     versions.restore(study, typer.echo)
 
 
-@app.command(rich_help_panel=VERSIONS)
+@app.command(rich_help_panel=VERSIONS, epilog="Example: bwsk compare HEAD~1 HEAD")
 def compare(
     a: Annotated[str, typer.Argument(help="A study directory, a results.json or a git revision.")],
     b: Annotated[str, typer.Argument(help="What to compare it with.")],

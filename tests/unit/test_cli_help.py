@@ -34,3 +34,11 @@ def test_a_command_is_one_line_and_its_options_are_explained(commands: dict) -> 
         for parameter in command.params:
             assert parameter.help, f"{name} {parameter.name}"
             assert "[" not in parameter.help, f"{name} {parameter.name}: rich takes brackets for markup"
+
+
+def test_a_command_that_needs_arguments_has_an_example_that_parses(commands: dict) -> None:
+    for name, command in commands.items():
+        if any(parameter.required for parameter in command.params):
+            words = (command.epilog or "").split()
+            assert words[:3] == ["Example:", "bwsk", name], name
+            command.make_context(name, words[3:])
