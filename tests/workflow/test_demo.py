@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -123,3 +126,19 @@ def test_the_job_environment_pins_what_the_lock_file_pins() -> None:
     pins = [line.strip().removeprefix("- ") for line in environment.splitlines() if "==" in line]
     assert len(pins) > 10
     assert set(pins) <= set(lock)
+
+
+def test_the_job_environment_has_all_that_the_package_imports() -> None:
+    environment = yaml.safe_load((ROOT / "workflow" / "envs" / "bwsk.yml").read_text())
+    pinned = {pin.partition("==")[0].lower() for pin in environment["dependencies"][-1]["pip"]}
+    imported: dict[str, Path] = {}
+    for file in sorted((ROOT / "bwsk").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            imported |= {name.partition(".")[0]: file for name in names}
+    # DVC: `bwsk compare` alone, and that is no step of the workflow.
+    ours = imported.keys() - sys.stdlib_module_names - {"bwsk", "dvc"}
+    homes = packages_distributions()
+    missing = {name: imported[name].name for name in ours if pinned.isdisjoint(map(str.lower, homes[name]))}
+    assert missing == {}
