@@ -138,7 +138,9 @@ def trace(
     rules: str = typer.Option("strict", "--rules", help="Rule set that decides: strict or published."),
     training: bool = TRAIN,
     json: JsonFile = None,
-    figure: Path | None = typer.Option(None, "--figure", metavar="FILE", help="Draw what crosses the barriers (.svg, .png or .pdf)."),
+    figure: Path | None = typer.Option(
+        None, "--figure", metavar="FILE", help="Draw what crosses the barriers (.svg, .png or .pdf)."
+    ),
     strict: bool = STRICT,
 ) -> None:
     """List the operations of a training step, its phases and barriers.

@@ -15,7 +15,7 @@ _PARAMS = Path("params.yaml")
 _VARIANT = "As scratch-bwsk-reversible: finetune or scratch, then conventional, bwsk-analyzed or bwsk-reversible."
 
 
-@app.command(rich_help_panel=STEPS, epilog="Example: bwsk train scratch-conventional --out results/scratch-conventional")
+@app.command(rich_help_panel=STEPS, epilog="Example: bwsk train scratch-conventional --out build/try")
 def train(
     variant: Annotated[str, typer.Argument(help=_VARIANT)],
     out: Annotated[Path, typer.Option(help="Folder of the trained variant.")],
