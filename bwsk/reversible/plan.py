@@ -16,7 +16,7 @@ these exceeds it, the choice that frees most bytes per FLOP among the units aliv
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -81,7 +81,6 @@ class Plan:
     base: int
     describe: Callable[[Plan], list[Row]] | None = None
     guarantee: str = "bit-identical"
-    notes: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         figures = f"{self.peak / MIB:,.0f} MiB at the peak (predicted), {self.overhead:+.1%} FLOPs"
