@@ -138,11 +138,15 @@ def _all_there(params: Params, study: Path) -> None:
     """All that is missing at once: to be told of one variant after the other is tiresome."""
     folders = {name: study / "results" / name for name in params.variant_names}
     missing = [name for name, folder in folders.items() if not (folder / "training_results.json").is_file()]
+    if len(missing) == len(folders):
+        raise BwskError(
+            f"{study / 'results'}: no variant is trained; run the study (snakemake --cores 1) or pull it (bwsk restore)"
+        )
     if missing:
         targets = " ".join(f"results/{name}/model.safetensors" for name in missing)
         raise BwskError(
             f"{study / 'results'}: no {', '.join(missing)}; "
-            f"pull what is missing (dvc pull) or train it: {force(targets)}"
+            f"pull what is missing (bwsk restore) or train it: {force(targets)}"
         )
 
 

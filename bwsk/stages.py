@@ -49,7 +49,9 @@ def check(study: Path) -> None:
 
 
 def render(study: Path) -> str:
-    """The text of the study's `dvc.yaml`."""
+    """The text of the study's `dvc.yaml`; BwskError where the package lies without the workflow."""
+    if not SNAKEFILE.is_file():
+        raise BwskError(f"{SNAKEFILE}: missing; run the bwsk of a checkout, or install one: pip install -e DIR")
     params = load_params(study / "params.yaml")
     # DVC reads the file itself: it knows the keys that are written there, not the defaults.
     written = yaml.safe_load((study / "params.yaml").read_text(encoding="utf-8-sig"))

@@ -194,6 +194,10 @@ def test_all_missing_variants_are_named_at_once(editable: Path, params: Params) 
     with pytest.raises(BwskError, match=f"no scratch-conventional, {VARIANT}; pull what is missing") as error:
         collect(params, editable)
     assert f"results/{VARIANT}/model.safetensors" in str(error.value)
+    for name in params.variant_names:
+        (editable / "results" / name / "training_results.json").unlink(missing_ok=True)
+    with pytest.raises(BwskError, match=r"no variant is trained; run the study \(snakemake --cores 1\)"):
+        collect(params, editable)
 
 
 @pytest.mark.parametrize(

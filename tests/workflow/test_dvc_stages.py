@@ -20,6 +20,7 @@ from bwsk.provenance import STEPS, source_files
 from tests.workflow.dvc_study import PROJECT, set_params
 
 STUDIES = [PROJECT, PROJECT / "demo"]
+NO_CHECKOUT = "run the bwsk of a checkout, or install one: pip install -e DIR"
 
 
 def graph(study: Path) -> dict[str, Any]:
@@ -54,6 +55,10 @@ def test_a_new_import_is_drift(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     shutil.copy(PROJECT / "demo" / "params.yaml", tmp_path / "demo")
     bwsk = [sys.executable, "-m", "bwsk", "stages", "demo"]
+    done = subprocess.run(bwsk, cwd=tmp_path, capture_output=True, text=True, check=False)  # as a wheel installs it
+    assert (done.returncode, list((tmp_path / "demo").iterdir())) == (1, [tmp_path / "demo" / "params.yaml"])
+    assert done.stderr == f"bwsk: error: {tmp_path}/Snakefile: missing; {NO_CHECKOUT}\n"
+    shutil.copy(PROJECT / "Snakefile", tmp_path)
     subprocess.run(bwsk, cwd=tmp_path, check=True)
     subprocess.run([*bwsk, "--check"], cwd=tmp_path, check=True)
     (tmp_path / "bwsk" / "extra.py").write_text("")
