@@ -44,7 +44,7 @@ def make_tokenizer(params: Params, corpus: Path | None, out: Path) -> dict[str, 
                 tokenizer = _load(Path(path), f"tokenizer.path: {path}")
             case TrainedTokenizer(vocab_size=vocab_size):
                 if corpus is None:
-                    raise BwskError("tokenizer.source: train needs the corpus; name what the corpus step made")
+                    raise BwskError("tokenizer.source: train needs the corpus; give --corpus build/corpus")
                 name = "trained on the train split"
                 model = folder / "spiece.model"
                 model.write_bytes(_train(read_rows(corpus, "train"), vocab_size))
