@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bwsk.faults import OutOfFloat16
@@ -104,6 +105,17 @@ def _own_bias(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor | None
     return bias
 
 
+def _stock_cache(layer: nn.Module) -> DynamicCache | None:
+    """An empty cache for a stock forward in a step that would have had one: it lays out keys and values the same way.
+
+    None where the stock step has none either; under gradient checkpointing transformers takes it away.
+    """
+    chain = layer._bwsk.chain
+    if chain is None or not chain.cached or layer._bwsk.facts["attention"].gradient_checkpointing:
+        return None
+    return DynamicCache()
+
+
 @outside_compile
 def self_attention(self, hidden_states, attention_mask=None, position_bias=None, past_key_values=None, **kwargs):
     """T5LayerSelfAttention.forward while training."""
@@ -112,7 +124,7 @@ def self_attention(self, hidden_states, attention_mask=None, position_bias=None,
             hidden_states,
             attention_mask=attention_mask,
             position_bias=position_bias,
-            past_key_values=past_key_values,
+            past_key_values=_stock_cache(self) if past_key_values is None else past_key_values,
             **kwargs,
         )
     bias = _own_bias(self, hidden_states, position_bias)
@@ -134,7 +146,7 @@ def cross_attention(
             key_value_states,
             attention_mask=attention_mask,
             position_bias=position_bias,
-            past_key_values=past_key_values,
+            past_key_values=_stock_cache(self) if past_key_values is None else past_key_values,
             **kwargs,
         )
     w = attention_weights(self)

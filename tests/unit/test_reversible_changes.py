@@ -132,6 +132,35 @@ def test_changed_afterwards(change, level):
     assert differences(steps(stock), steps(ours)) == []
 
 
+def decoder_in_eval(model):
+    model.decoder.eval()
+
+
+def attentions_asked_for(model):
+    model.config.output_attentions = model.decoder.config.output_attentions = True
+
+
+@pytest.mark.parametrize("level", ["fast", "max"])
+@pytest.mark.parametrize("change", [adapter, decoder_in_eval, attentions_asked_for], ids=lambda change: change.__name__)
+def test_stock_sublayers_beside_the_default_cache(change, level):
+    """The cache itself is not made, but the sublayers that run their stock forward lay out their keys by it too."""
+    stock, ours = pair()
+    reversible(ours, level)
+    for model in (stock, ours):
+        change(model.train())
+
+    def steps(model):
+        found = []
+        for step in range(3):
+            torch.manual_seed(step)
+            model.zero_grad()
+            model(**{**batch(step, padded=True), "use_cache": None}).loss.backward()
+            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        return found
+
+    assert differences(steps(stock), steps(ours)) == []
+
+
 @pytest.mark.parametrize("level", ["fast", "max"])
 def test_checkpointing_switched_on_afterwards(level):
     """It makes zeros of the cross-attention require a gradient, by which kernels are chosen."""
