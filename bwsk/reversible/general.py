@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -76,6 +76,19 @@ def _redone(function: Callable[..., Any], weights: Iterable[Tensor], *args: Any,
     return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
+def _holds_nothing(cache: Cache, layer: int) -> bool:
+    """Whether a cache is of plain keys and values, and has none yet of the layer.
+
+    Other layers of a cache (linear attention, states of a convolution) come with other methods than an empty
+    `DynamicCache` has.
+    """
+    if type(cache) is not DynamicCache:
+        return False
+    if layer < len(cache.layers) and type(cache.layers[layer]) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return False
+    return cache.get_seq_length(layer) == 0
+
+
 def _block(self, *args, **kwargs):
     """Forward of a block that is redone as a whole while it trains.
 
@@ -91,7 +104,7 @@ def _block(self, *args, **kwargs):
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     if caches:
         layer = next((m.layer_idx for m in self.modules() if getattr(m, "layer_idx", None) is not None), None)
-        if layer is None or type(caches[0]) is not DynamicCache or caches[0].get_seq_length(layer):
+        if layer is None or not _holds_nothing(caches[0], layer):
             return stock(*args, **kwargs)
     calls = []
 

@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     ViTConfig,
@@ -104,6 +106,21 @@ def test_a_generation_cache_changes_nothing(name, budget):
     for model in (stock, ours):
         torch.manual_seed(1)
         model.train()(**{**inputs_of(name, 1), "use_cache": True}).loss.backward()
+        found.append([{n: p.grad for n, p in model.named_parameters()}])
+    assert differences(*found) == []
+
+
+def test_a_cache_of_other_states_than_keys_and_values():
+    """Such blocks run their stock forward: the cache of a redone one would have no place for those states."""
+    layers = {"layer_types": ["conv", "full_attention", "conv"], "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    stock = Lfm2ForCausalLM(Lfm2Config(vocab_size=96, **SIZES, **layers)).train()
+    ours = copy.deepcopy(stock)
+    general.install(ours, dict.fromkeys(general.blocks(ours), "block"))
+    found = []
+    for model in (stock, ours):
+        tokens = inputs_of("gpt2", 1)["input_ids"]
+        model(input_ids=tokens, labels=tokens).loss.backward()
         found.append([{n: p.grad for n, p in model.named_parameters()}])
     assert differences(*found) == []
 
