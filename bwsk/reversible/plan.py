@@ -165,6 +165,7 @@ def solve(plan: Plan, cap: int | None, flops: float | None) -> Plan:
     Greedy on bytes per FLOP under the time-varying cap; with neither limit it goes as low as it can.
     """
     limit = None if flops is None else flops * plan.step_flops
+    seen = {tuple(plan.picks)}  # moves that leave the peak as it is could go round for ever
     while cap is None or plan.peak > cap:
         course = plan.course()
         worst = max(range(len(course)), key=lambda i: course[i][1])
@@ -174,9 +175,10 @@ def solve(plan: Plan, cap: int | None, flops: float | None) -> Plan:
             break
         before, (unit, pick) = plan.peak, move
         old, plan.picks[unit] = plan.picks[unit], pick
-        if plan.peak > before:
+        if plan.peak > before or tuple(plan.picks) in seen:
             plan.picks[unit] = old
             break
+        seen.add(tuple(plan.picks))
     return plan
 
 
@@ -206,10 +208,14 @@ def met(plan: Plan, states: int) -> Plan:
     cap = plan.budget.cap
     if cap is not None and plan.peak > cap:
         raise BwskError(
-            f"budget {plan.budget.name}: this step cannot go below {plan.peak / MIB:.0f} MiB (weights, gradients and "
-            f"AdamW states alone are {states / MIB:.0f} MiB); allow more, or make the batch smaller"
+            f"budget {plan.budget.name}: this step cannot go below {_mib(plan.peak)} (weights, gradients and "
+            f"AdamW states alone are {_mib(states)}); allow more, or make the batch smaller"
         )
     return plan
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.{0 if size >= 10 * MIB else 2}f} MiB"
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
@@ -79,6 +80,29 @@ def test_the_plan_foretells_the_step(small):
         run = predict_memory(small, mode="reversible", budget=budget, **dict(zip(names, shape, strict=True)))
         assert plan.peak / MIB == pytest.approx(run.peak_mib, rel=0.015)
         assert plan.step_flops + plan.extra_flops == pytest.approx(run.flops, rel=0.001)
+
+
+@pytest.mark.parametrize("budget", ["max", 0.1])
+def test_the_plan_of_a_very_small_step_comes_to_an_end(budget):
+    """Here moves that leave the peak as it is could go round for ever."""
+
+    def too_long(*_):
+        raise TimeoutError
+
+    config = T5Config(
+        vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(20)
+    try:
+        if budget == "max":
+            assert plan_of(config, budget, (4, 16, 16)).peak <= plan_of(config, "fast", (4, 16, 16)).peak
+        else:
+            with pytest.raises(BwskError, match=r"cannot go below 0\.2\d MiB .* alone are 0\.1\d MiB"):
+                plan_of(config, budget, (4, 16, 16))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_kinds_add_up_and_weights_are_the_parameters(tiny):
