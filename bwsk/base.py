@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 INSTEAD = "set base.source: directory and base.path to a folder with config.json and model.safetensors"
 FILES = ["config.json", "generation_config.json", "model.safetensors"]
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 # Keys of T5Config that describe the architecture; the rest follows from the tokenizer or is not a matter of choice.
 ARCHITECTURE = (
     "d_model",
@@ -78,6 +79,7 @@ def load_checkpoint(path: Path, name: str) -> PreTrainedModel:
     """
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
+    from transformers.utils import logging
 
     check_files(path, name)
     config_file = path / "config.json"
@@ -88,6 +90,8 @@ def load_checkpoint(path: Path, name: str) -> PreTrainedModel:
         )
     if "auto_map" in values:
         raise BwskError(f"{config_file}: asks to run code of the repository (auto_map), which is never done; remove it")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it has to report of the weights is said below, in one line
     try:
         config = T5Config.from_dict(values)
         model, report = T5ForConditionalGeneration.from_pretrained(
@@ -96,13 +100,15 @@ def load_checkpoint(path: Path, name: str) -> PreTrainedModel:
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # reported below, in one line
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     # Hostile or damaged files fail in whatever part of the loader they reach.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BwskError(f"{name}: cannot be loaded as a T5 ({reason}); {INSTEAD}") from None
+    finally:
+        logging.set_verbosity(verbosity)
     weights = path / "model.safetensors"
     for key, found, expected in sorted(report["mismatched_keys"]):
         raise BwskError(f"{weights}: {key} has shape {list(found)}, config.json makes it {list(expected)}; {INSTEAD}")
@@ -113,8 +119,10 @@ def load_checkpoint(path: Path, name: str) -> PreTrainedModel:
     for key, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise BwskError(f"{weights}: {key} holds values that are not finite; {INSTEAD}")
-    if model.config.decoder_start_token_id is None:
-        raise BwskError(f"{config_file}: decoder_start_token_id is not set; set it (0 for T5)")
+    start, vocabulary = model.config.decoder_start_token_id, model.config.vocab_size
+    if start is None or not 0 <= start < vocabulary:
+        found = "is not set" if start is None else f"is {start}, its vocabulary has {vocabulary}"
+        raise BwskError(f"{config_file}: decoder_start_token_id {found}; set it (0 for T5)")
     return model
 
 
@@ -133,9 +141,12 @@ def check_files(path: Path, name: str) -> None:
 
     try:
         with safe_open(weights, framework="pt") as file:
-            file.keys()
+            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 -- not a dict
     except (SafetensorError, OSError) as error:
         raise BwskError(f"{weights}: not a complete safetensors file ({error}); copy or save it again") from None
+    for key, kind in kinds.items():
+        if kind not in _FLOATS:  # quantised: as float32 they would be other weights
+            raise BwskError(f"{weights}: {key} is {kind}, must be one of {', '.join(_FLOATS)}; save it as float32")
 
 
 def _pretrain(

@@ -7,6 +7,7 @@ a revision, `results.json` is taken from git if git tracks it, else from DVC's c
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ def _of_file(path: Path) -> dict[str, Any]:
 def _of_revision(revision: str, study: Path) -> dict[str, Any]:
     top = _git(study, "rev-parse", "--show-toplevel")
     if top is None:
-        raise BwskError(f"{revision}: no such file or directory, and {study} is in no git repository to look it up")
+        why = f"{study} is in no git repository" if shutil.which("git") else "git is not installed"
+        raise BwskError(f"{revision}: no such file or directory, and {why} to look it up")
     if revision.startswith("-") or _git(study, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}") is None:
         raise BwskError(f"{revision}: neither a directory with results nor a git revision; name one of them")
     path = (study.resolve().relative_to(Path(top).resolve()) / "results" / "results.json").as_posix()

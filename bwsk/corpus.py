@@ -139,6 +139,8 @@ def split_file(folder: Path, split: str) -> Path:
         raise BwskError(f"corpus.path: {folder} has both {split}.txt and {split}.parquet; keep one of them")
     if not found:
         raise BwskError(f"corpus.path: {folder} has neither {split}.txt nor {split}.parquet; add one of them")
+    if not found[0].is_file():  # a pipe or a device might never end
+        raise BwskError(f"{found[0]}: cannot be read (not a regular file); name a folder with files")
     return found[0]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -38,7 +39,7 @@ def sha256_json(value: Any) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; BwskError naming the file if it is missing or is not one."""
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant, parse_float=_finite)
     except FileNotFoundError:
         raise BwskError(f"{path}: no such file; run the step that makes it") from None
     except OSError as error:
@@ -52,6 +53,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999
+        raise ValueError(f"{text} is not finite")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

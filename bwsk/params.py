@@ -9,6 +9,7 @@ impossible values are errors of one line that name the key, what was found and w
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args
 
@@ -122,7 +123,9 @@ class TokensParams(_Section):
     """How a split becomes blocks (training) and windows (perplexity). Lengths are in tokens."""
 
     separator: str = Field(default="\n\n", description="Joins the rows of a split into one text.")
-    block: int = Field(default=512, description="Training block; first half encoder, second half labels.", ge=2)
+    block: int = Field(
+        default=512, description="Training block; first half encoder, second half labels.", ge=2, le=2**24
+    )
     window: int = Field(default=512, description="Evaluation window; split in the middle like a block.", ge=2)
     stride: Positive = Field(default=128, description="Distance of evaluation windows in the published protocol.")
 
@@ -194,7 +197,7 @@ class TrainParams(_Section):
     )
     deterministic: bool = Field(default=True, description="Deterministic kernels; same inputs, same bytes.")
     tf32: bool = Field(default=False, description="Allow TF32 matrix products on CUDA in float32.")
-    threads: Positive = Field(default=2, description="CPU threads; part of the identity, bits depend on it.")
+    threads: Positive = Field(default=2, description="CPU threads; part of the identity, bits depend on it.", le=1024)
 
 
 class EvaluateParams(_Section):
@@ -264,16 +267,42 @@ class Params(_Section):
         return init, mode  # type: ignore[return-value]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's silent 'last one wins' would train with a value that the reader does not see."""
+# How numbers and truth values are written that YAML 1.1 (Snakemake, bwsk) and YAML 1.2 (DVC) read alike: to 1.1 alone
+# is 010 eight, 1:30 ninety and `on` true.
+_READ_ALIKE = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)"),
+    "tag:yaml.org,2002:float": re.compile(r"[^_:]*"),
+    "tag:yaml.org,2002:bool": re.compile(r"true|false", re.IGNORECASE),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what would train with another value than the reader, or DVC, sees."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        # YAML's silent 'last one wins'. Not of merges (`<<`), whose keys are there to be replaced.
+        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in written]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                line = node.value[index][0].start_mark.line + 1
-                raise BwskError(f"line {line}: the key {key!r} is there twice, keep one")
+                raise BwskError(f"line {_line(written[index])}: the key {key!r} is there twice, keep one")
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        alike = _READ_ALIKE.get(node.tag)
+        if alike and not alike.fullmatch(value):
+            raise BwskError(
+                f"line {_line(node)}: found {value}, which YAML 1.1 and 1.2 read differently; "
+                "write a plain decimal number, or true or false"
+            )
+        if re.search("[\ud800-\udfff]", value):
+            raise BwskError(f"line {_line(node)}: found {value!r}, which is no text; write the characters themselves")
+        return value
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
 
 
 def load_params(path: str | Path) -> Params:
@@ -290,13 +319,13 @@ def load_params(path: str | Path) -> Params:
     except OSError as error:
         raise BwskError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
+        data = yaml.load(text, Loader=_Loader)
     except BwskError as error:
         raise BwskError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be parsed"
         raise BwskError(f"{path}{where}: not valid YAML: {' '.join(str(problem).split())}") from None
     if not isinstance(data, dict):
         raise BwskError(f"{path}: found {_shown(data)}, must be a mapping of study, corpus, tokenizer, base, …")

@@ -21,6 +21,9 @@ def main() -> None:
     from bwsk.cli.app import app
     from bwsk.errors import BwskError
 
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a locale that lacks a dash is no reason to fail
+
     for group in GROUPS:
         import_module(f"bwsk.cli.{group}")
     try:
@@ -31,7 +34,7 @@ def main() -> None:
         print(f"bwsk: error: {_usage(error)}", file=sys.stderr)
         sys.exit(2)
     except BwskError as error:
-        print(f"bwsk: error: {error}", file=sys.stderr)
+        print(f"bwsk: error: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:  # `train` has more to say about it
         from bwsk.faults import is_out_of_memory
@@ -44,8 +47,14 @@ def main() -> None:
         if isinstance(error, BrokenPipeError):
             sys.exit(1)
         where = f"{error.filename}: " if error.filename else ""
-        print(f"bwsk: error: {where}{error.strerror or error}; free space or set rights, then again", file=sys.stderr)
+        found = _one_line(f"{where}{error.strerror or error}")
+        print(f"bwsk: error: {found}; free space or set rights, then again", file=sys.stderr)
         sys.exit(1)
+
+
+def _one_line(text: str) -> str:
+    """A message that may quote names with line feeds or escape sequences in them, as one line that is only read."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _usage(error: Any) -> str:

@@ -8,6 +8,7 @@ command line, and what must be said.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ PARAMS: list[tuple[str, Any, str]] = [
     ("tokens.block", 31, "must be even"),
     ("tokens.block", 16, "must be at most block"),
     ("tokens.block", 0, "greater than or equal"),
+    ("tokens.block", 10**26, "less than or equal"),
     ("tokens.stride", 64, "must be at most window"),
     ("tokens.stride", -16, "greater than or equal"),
     ("base.steps", 0, "greater than or equal to 1"),
@@ -84,6 +86,7 @@ PARAMS: list[tuple[str, Any, str]] = [
     ("train.max_grad_norm", 0, "greater than 0"),
     ("train.deterministic", "yes", "must be a valid boolean"),
     ("train.epochs", [1], "must be a valid integer"),
+    ("train.threads", 100_000, "less than or equal to 1024"),
     ("evaluate.max_windows", 0, "greater than or equal to 1"),
     ("variants.modes", [], "at least 1 item"),
     ("variants.modes", ["conventional", "conventional"], "must not repeat"),
@@ -126,6 +129,16 @@ def folder(path: str) -> Callable[[], Any]:
     def act() -> None:
         Path(path).unlink(missing_ok=True)
         Path(path).mkdir(parents=True)
+
+    return act
+
+
+def pipe(path: str) -> Callable[[], Any]:
+    """A named pipe in place of a file: who reads it waits for a writer."""
+
+    def act() -> None:
+        Path(path).unlink()
+        os.mkfifo(path)
 
     return act
 
@@ -210,16 +223,23 @@ YAML: list[Bad] = [
     Bad("params.yaml twice a key", put("params.yaml", "seed: 1\nseed: 2\n"), CORPUS, "'seed' is there twice"),
     Bad("params.yaml deep", put("params.yaml", "[" * 4000), CORPUS, "not valid YAML"),
     Bad("params.yaml two documents", put("params.yaml", "a: 1\n---\nb: 2\n"), CORPUS, "not valid YAML"),
+    Bad("octal to YAML 1.1", put("params.yaml", "seed: 010"), CORPUS, "line 1: found 010, which .* differently"),
+    Bad("base 60 to YAML 1.1", put("params.yaml", "a:\n  lr: 1:30.5"), CORPUS, "line 2: found 1:30.5, which"),
+    Bad("true to YAML 1.1", put("params.yaml", "train: {tf32: on}"), CORPUS, "line 1: found on, which"),
+    Bad("half a character", put("params.yaml", r'tokens: {separator: "\ud800"}'), CORPUS, r"line 1: .*\\ud800', which"),
+    Bad("control character", put("params.yaml", "seed: 1\a"), CORPUS, "special characters are not allowed"),
 ]
 
 TEXT: list[Bad] = [
     Bad("no folder", param("corpus.path", "nowhere"), CORPUS, "corpus.path: nowhere is not a directory"),
+    Bad("path of two lines", param("corpus.path", "no\nwhere"), CORPUS, r"corpus.path: no\\nwhere is not a directory"),
     Bad("path is a file", param("corpus.path", "params.yaml"), CORPUS, "corpus.path: params.yaml is not a directory"),
     Bad("no split", remove("text/test.txt"), CORPUS, "has neither test.txt nor test.parquet"),
     Bad("split twice", put("text/test.parquet", b"PAR1"), CORPUS, "has both test.txt and test.parquet"),
     Bad("split empty", put("text/validation.txt", ""), CORPUS, "validation: empty"),
     Bad("split blank", put("text/validation.txt", " \n\t\n"), CORPUS, "validation: empty"),
     Bad("split a folder", folder("text/test.txt"), CORPUS, "test.txt: cannot be read"),
+    Bad("split a pipe", pipe("text/test.txt"), CORPUS, "test.txt: cannot be read"),
     Bad("binary", put("text/train.txt", bytes(range(256)) * 9), CORPUS, "train.txt: not UTF-8|a NUL byte"),
     Bad("invalid UTF-8", put("text/train.txt", b"good\nb\xc3\x28d\n"), CORPUS, r"not UTF-8 at byte 6 \(line 2\)"),
     Bad("NUL bytes", put("text/train.txt", "a\n\0b"), CORPUS, r"a NUL byte at byte 2 \(line 2\)"),
@@ -242,6 +262,7 @@ TOKENIZERS: list[Bad] = [
     Bad("corpus tampered", cut("build/corpus/train.parquet"), TOKENS, "not a readable parquet"),
     Bad("corpus.json tampered", change("build/corpus/corpus.json", splits__train__sha256="0"), TOKENS, "not the text"),
     Bad("corpus.json a list", put("build/corpus/corpus.json", "[]"), TOKENS, "must be an object"),
+    Bad("corpus.json infinite", put("build/corpus/corpus.json", '{"a": 1e999}'), TOKENS, "1e999 is not finite"),
     Bad("corpus.json NaN", put("build/corpus/corpus.json", '{"a": NaN}'), TOKENS, "not strict JSON"),
     Bad("corpus.json no split", change("build/corpus/corpus.json", splits__test=...), TOKENS, "the split 'test'"),
     Bad("tokenizer gone", remove("build/tokenizer/tokenizer.json"), TOKENS, "has neither tokenizer.json nor"),
@@ -293,6 +314,7 @@ MODELS: list[Bad] = [
     Bad("a tensor missing", tensors(WEIGHTS, lambda t: t.pop(NAME)), BASE, "lacks encoder"),
     Bad("a tensor too many", tensors(WEIGHTS, lambda t: t.update(x=t[NAME].clone())), BASE, "does not know, x"),
     Bad("not finite", tensors(WEIGHTS, lambda t: t[NAME].fill_(float("nan"))), BASE, "not finite"),
+    Bad("not floats", tensors(WEIGHTS, lambda t: t.update({NAME: t[NAME].int()})), BASE, "q.weight is I32, must be"),
     Bad("config cut", cut(CONFIG), BASE, "config.json: not strict JSON"),
     Bad("config of BERT", change(CONFIG, model_type="bert"), BASE, "model_type is 'bert', must be 't5'"),
     Bad("config without type", change(CONFIG, model_type=...), BASE, "model_type is None"),
@@ -300,6 +322,7 @@ MODELS: list[Bad] = [
     Bad("config wrong type", change(CONFIG, d_model="wide"), BASE, "cannot be loaded as a T5"),
     Bad("config negative", change(CONFIG, num_layers=-1), BASE, "base.path: model|lacks|does not know"),
     Bad("config no start", change(CONFIG, decoder_start_token_id=None), BASE, "decoder_start_token_id is not set"),
+    Bad("start no id", change(CONFIG, decoder_start_token_id=300), BASE, "is 300, its vocabulary has 300"),
     Bad("config huge", change(CONFIG, d_ff=2**20), BASE, "has shape"),
     Bad(
         "vocabulary too small",

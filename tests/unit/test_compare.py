@@ -107,7 +107,7 @@ def test_revisions_that_dvc_keeps(editable: Path, tmp_path: Path) -> None:
     assert len(lost.stderr.splitlines()) == 1
 
 
-def test_a_side_that_is_nothing_is_refused(study: Path, tmp_path: Path) -> None:
+def test_a_side_that_is_nothing_is_refused(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BwskError, match=r"a directory without results\.json"):
         load_side(str(tmp_path), Path())
     for name in ("", " "):
@@ -121,6 +121,10 @@ def test_a_side_that_is_nothing_is_refused(study: Path, tmp_path: Path) -> None:
             load_side(str(study / file), study)
     with pytest.raises(BwskError, match="in no git repository"):
         load_side("v1.0", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        with pytest.raises(BwskError, match="git is not installed to look it up"):
+            load_side("v1.0", tmp_path)
     other = tmp_path / "other.json"
     other.write_text('{"a": 1}')
     with pytest.raises(BwskError, match=r"not the results\.json of a study"):

@@ -173,7 +173,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "no rows": (replace_by_parquet({"text": pa.array([], pa.string())}), "texts, test: empty (0 rows"),  # type: ignore[dict-item]
     "truncated parquet": (garbled_parquet, "test.parquet: not a readable parquet file ("),
     "parquet not UTF-8": (not_utf8_parquet, "test.parquet: column 'text' is not UTF-8"),
-    "folder for file": (folder_for_file, "test.txt: cannot be read (Is a directory)"),
+    "folder for file": (folder_for_file, "test.txt: cannot be read (not a regular file)"),
 }
 
 

@@ -200,6 +200,12 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     assert load_params(path) == load_params(DEMO)
 
 
+def test_what_is_merged_in_is_no_second_key(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(DEMO.read_text().replace("\nevaluate:\n", "\nevaluate:\n  <<: {batch_size: 7, max_windows: 3}\n"))
+    assert load_params(path).evaluate == load_params(DEMO).evaluate  # which sets both
+
+
 def test_parameters_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_params(DEMO).seed = 3  # type: ignore[misc]

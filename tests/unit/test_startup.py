@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +48,13 @@ def test_the_library_knows_nothing_of_the_command_line() -> None:
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name != "cli" and path.name not in ("__main__.py", "progress.py"):
             assert not re.search(r"^\s*(from|import) (bwsk\.cli|typer|rich)\b", path.read_text(), re.MULTILINE), path
+
+
+def test_a_locale_without_a_dash_is_no_reason_to_fail(study: Path) -> None:
+    """What it cannot write, in a table of absent figures as in a name, is escaped."""
+    for encoding in ("ascii", "latin-1"):
+        command = [sys.executable, "-m", "bwsk", "show", str(study)]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        assert b"\\u2014" in done.stdout
