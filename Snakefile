@@ -29,4 +29,4 @@ rule all:
         "build/analysis/operations.json",
         "build/check.json",
     message:
-        f"The model repository is {STUDY / 'results'}, its card README.md"
+        f"The model repository is {SHOWN / 'results'}, its card README.md"

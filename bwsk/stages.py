@@ -11,6 +11,7 @@ and a wrong one either retrains for nothing or, worse, keeps weights that are no
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,9 @@ class _Graph:
             params = [names.get(name, name) for name in identity(self.params, step)["params"]]
         modules = STEPS[step][0] if step in STEPS else [step]
         source = [self._path(path) for path in [*source_files(*modules), *(files or [])]]
+        snakefile = shlex.quote(self._path(SNAKEFILE))
         stage = {
-            "cmd": f"snakemake --snakefile {self._path(SNAKEFILE)} --cores all --allowed-rules {rule} --force {target}",
+            "cmd": f"snakemake --snakefile {snakefile} --cores all --allowed-rules {rule} --force {target}",
             "deps": [*deps, *source],
             "params": [name for name in params if self._is_written(name)],
             "outs": outs,

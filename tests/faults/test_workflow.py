@@ -182,3 +182,12 @@ def test_a_tampered_result_is_not_published_and_is_made_again(
     checkout.snakemake(*COMMAND[3:], "--force", "results/scratch-conventional/model.safetensors")
     checkout.snakemake(*COMMAND[3:])
     assert made(checkout) == reference[0]
+
+
+def test_checkout_and_study_may_be_called_anything(tmp_path: Path) -> None:
+    checkout = new_checkout(tmp_path / 'it\'s $HOME "b" é', TWO)
+    checkout.study.rename(checkout.root / "my {x} $HOME 'study'")
+    command = ["snakemake", "--directory", "my {x} $HOME 'study'", "--cores", "1", "build/tokenizer/info.json"]
+    checkout.run(*command, cwd=checkout.root)
+    planned = checkout.run(*command[:-1], "--dry-run", cwd=checkout.root, PWD=str(checkout.root))
+    assert "tail -f my {x} $HOME 'study'/build/logs/base.log" in planned

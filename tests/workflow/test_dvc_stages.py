@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,12 @@ def test_check_names_the_file_and_the_command(study: Path) -> None:
     set_params(study / "params.yaml", {"variants.modes": ["conventional"]})
     with pytest.raises(BwskError, match=r"dvc\.yaml: not that of params\.yaml"):
         stages.check(study)
+
+
+def test_the_checkout_may_be_called_anything(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "SNAKEFILE", study.parent / "it's $HOME" / "Snakefile")
+    for stage in graph(study)["stages"].values():
+        assert shlex.split(stage["cmd"])[2] == "../it's $HOME/Snakefile"
 
 
 def test_a_new_import_is_drift(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from bwsk.provenance import identity
 # Jobs run with the Python that runs Snakemake, activated or not; under `--sdm conda` with the environment's.
 CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 shell.prefix(
-    f'export PYTHONPATH="{workflow.basedir}"; '
-    + ("" if CONDA else f'export PATH="{Path(sys.executable).parent}:$PATH"; ')
+    f"export PYTHONPATH={shlex.quote(str(workflow.basedir))}; "
+    + ("" if CONDA else f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; ')
     + 'bwsk() {{ python -m bwsk "$@"; }}; '
 )
 
@@ -38,6 +38,8 @@ validate(config, "../schemas/params.schema.json", set_default=False)
 
 # The study as seen from the user's shell, for paths in messages: Snakemake itself has changed to the study by now.
 STUDY = Path(os.path.relpath(Path.cwd(), os.environ.get("PWD")))
+# The same in a rule's message, of which Snakemake fills in what is in braces.
+SHOWN = Path(str(STUDY).replace("{", "{{").replace("}", "}}"))
 VARIANTS = PARAMS.variant_names
 SPLITS = ["train", "validation", "test"]
 

@@ -108,6 +108,6 @@ rule base:
     params:
         identity=params_identity("base"),
     message:
-        f"Get the base checkpoint (progress: tail -f {STUDY / 'build/logs/base.log'})"
+        f"Get the base checkpoint (progress: tail -f {SHOWN / 'build/logs/base.log'})"
     shell:
         "bwsk base --params params.yaml --tokenizer build/tokenizer --tokens build/tokens" " --out build/base &> {log}"

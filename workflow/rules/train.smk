@@ -36,7 +36,7 @@ rule train:
         # Outside the declared outputs: Snakemake deletes those of a killed job, and the run resumes from here.
         checkpoints="build/checkpoints",
     message:
-        f"Train {{wildcards.variant}} (progress: tail -f {STUDY / '{log}'})"
+        f"Train {{wildcards.variant}} (progress: tail -f {SHOWN / '{log}'})"
     shell:
         "bwsk train {wildcards.variant} --params params.yaml --tokens build/tokens --tokenizer build/tokenizer"
         " --base build/base --census {input.census} --memory {input.memory} --checkpoints {params.checkpoints}"
