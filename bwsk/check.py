@@ -14,7 +14,7 @@ from typing import Any
 
 from bwsk.card import check_header, render
 from bwsk.errors import BwskError
-from bwsk.files import read_json, write_json
+from bwsk.files import flat, read_json, write_json
 from bwsk.layout import CARD, FIGURES, RESULTS, TEMPLATE, repository_files
 from bwsk.params import SPLITS, Params
 from bwsk.results import gather, read_results
@@ -79,7 +79,7 @@ def _layout(params: Params, root: Path) -> Iterator[Check]:
             continue
         if name not in wanted or not stat.S_ISREG(mode):
             raise BwskError(f"{path}: no part of a model repository; remove it")
-        if mode & 0o111 or not mode & stat.S_IRUSR:
+        if mode & 0o7111 or not mode & stat.S_IRUSR:
             raise BwskError(f"{path}: has mode {mode & 0o7777:o}, must be readable and not executable; chmod 644")
         if path.stat().st_size == 0:
             raise BwskError(f"{path}: is empty; run the step that makes it again")
@@ -104,9 +104,10 @@ def _results(params: Params, study: Path, collected: dict[str, Any] | None) -> I
     # The variants' own files are what there is to compare with.
     for variant in params.variant_names:
         training = current_training(params, study, variant, None)
-        for key, value in results["variants"][variant].items():
-            if key in training and key != "provenance" and training[key] != value:
-                raise BwskError(f"{path}: variants.{variant}.{key} is {value}, training recorded {training[key]}")
+        figures, recorded = (flat(one) for one in (results["variants"][variant], training))
+        for key, value in figures.items():
+            if key in recorded and recorded[key] != value:
+                raise BwskError(f"{path}: variants.{variant}.{key} is {value}, training recorded {recorded[key]}")
         tokens = {split: results["tokens"]["splits"][split]["sha256"] for split in SPLITS}
         if training["provenance"]["tokens_sha256"] != tokens:
             raise BwskError(f"{path}: {variant} was trained on other tokens; collect it again: bwsk results {study}")
@@ -117,7 +118,7 @@ def _card(params: Params, study: Path, template: Path) -> Iterator[Check]:
     path = present(study, f"results/{CARD}")
     results = read_results(study)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()  # not with line ends translated
     except UnicodeDecodeError:
         raise BwskError(f"{path}: not UTF-8; write it again: bwsk card {study}") from None
     fields = check_header(text, results, path)

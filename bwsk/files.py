@@ -39,7 +39,9 @@ def sha256_json(value: Any) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; BwskError naming the file if it is missing or is not one."""
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(
+            path.read_bytes(), parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique
+        )
     except FileNotFoundError:
         raise BwskError(f"{path}: no such file; run the step that makes it") from None
     except OSError as error:
@@ -60,6 +62,14 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):  # 1e999
         raise ValueError(f"{text} is not finite")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # readers differ in which of the two counts
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

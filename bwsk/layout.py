@@ -7,14 +7,9 @@ from pathlib import Path
 RESULTS = "results.json"
 CARD = "README.md"
 FIGURES = ("loss.png", "perplexity.png", "memory_and_time.png")  # in figures/
-VARIANT = (
-    "model.safetensors",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "training_results.json",
-)
+WEIGHTS = "model.safetensors"
+SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+VARIANT = (WEIGHTS, *SETTINGS, "training_results.json")
 # Beside the package, not in it: rules, schemas and templates belong to the workflow and come with the checkout.
 WORKFLOW = Path(__file__).resolve().parents[1] / "workflow"
 TEMPLATE = WORKFLOW / "templates" / "model_card.md.j2"

@@ -45,8 +45,8 @@ def current_training(
 ) -> dict[str, Any]:
     """A variant's training_results.json; BwskError if the variant is missing or stale.
 
-    Compared are parameters, source, the hash of `model.safetensors` as it lies there and, with `inputs` (what
-    `current_inputs` returns), the tokens and the base checkpoint that it was trained on.
+    Compared are parameters, source, the hashes of `model.safetensors`, configuration and tokenizer as they lie there
+    and, with `inputs` (what `current_inputs` returns), the tokens and the base checkpoint that it was trained on.
     """
     folder = study / "results" / variant
     target = f"results/{variant}/model.safetensors"
@@ -132,6 +132,9 @@ def _training_changes(
     if found != provenance["weights_sha256"]:
         recorded = provenance["weights_sha256"][:12]
         yield f"model.safetensors is not the trained file (sha256 {found[:12]}…, training recorded {recorded}…)"
+    for name, sha256 in provenance["files_sha256"].items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != sha256:
+            yield f"{name} is not the file that training wrote"
 
 
 def _existing(study: Path, path: str, part: str) -> dict[str, Any]:

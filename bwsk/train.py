@@ -31,6 +31,7 @@ from bwsk.faults import first_not_finite, hopeless, keep_projection_out_of_float
 from bwsk.files import atomic_directory, read_json, sha256_file, write_json
 from bwsk.inputs import Inputs
 from bwsk.interruption import Interrupted, StopSignal
+from bwsk.layout import SETTINGS, WEIGHTS
 from bwsk.model import initial_model, load_weights, save_variant, split_block, weights
 from bwsk.params import SPLITS, Params
 from bwsk.perplexity import evaluation_starts, published_perplexity
@@ -161,7 +162,7 @@ class Run:
             test = self._perplexity("test", on_batch)
         with atomic_directory(out) as folder:
             save_variant(self.model, self.inputs.tokenizer, folder)
-            results = self._results(test, sha256_file(folder / "model.safetensors"))
+            results = self._results(test, _hashes(folder))
             write_json(folder / "training_results.json", results)
         if curves is not None:
             with atomic_directory(curves) as folder:
@@ -338,7 +339,7 @@ class Run:
             "config_sha256": base["config_sha256"],
         }
 
-    def _results(self, test: float, weights_sha256: str) -> dict[str, Any]:
+    def _results(self, test: float, hashes: dict[str, Any]) -> dict[str, Any]:
         state, census = self.state, read_json(self.inputs.census)
         analyzed = self.mode == "bwsk-analyzed"
         return {
@@ -353,7 +354,7 @@ class Run:
             "erasure_budget": census["k_ratio"] if analyzed else None,
             "parallelism_ratio": census["s_ratio"] if analyzed else None,
             "erasure_curve": state.erasure_curve if analyzed else None,
-            "provenance": {**self.provenance, "weights_sha256": weights_sha256},
+            "provenance": {**self.provenance, **hashes},
         }
 
 
@@ -361,10 +362,16 @@ def finished(out: Path, curves: Path | None, provenance: dict[str, Any]) -> dict
     """The results of a variant in `out` if it is complete and of exactly this provenance, else None."""
     try:
         results = read_json(out / "training_results.json")
-        found = dict(results["provenance"])
-        weights_sha256 = found.pop("weights_sha256")
-        same = found == provenance and sha256_file(out / "model.safetensors") == weights_sha256
+        same = results["provenance"] == {**provenance, **_hashes(out)}
     except (BwskError, OSError, KeyError, TypeError, ValueError):
         return None
     complete = curves is None or (curves / "validation.csv").is_file()
     return results if same and complete else None
+
+
+def _hashes(folder: Path) -> dict[str, Any]:
+    """sha256 of the weights of a variant, and of the files that say what to do with them."""
+    return {
+        "weights_sha256": sha256_file(folder / WEIGHTS),
+        "files_sha256": {name: sha256_file(folder / name) for name in SETTINGS},
+    }

@@ -396,7 +396,12 @@ PUBLISHING: list[Bad] = [
         EVALUATE,
         "perplexity of the saved weights is",
     ),
-    Bad("variant runs code", change(f"{VARIANT}/config.json", auto_map={"AutoModel": "e.E"}), CHECK, "asks for code"),
+    Bad(
+        "variant runs code",
+        change(f"{VARIANT}/config.json", auto_map={"AutoModel": "e.E"}),
+        CHECK,
+        "config.json is not the file that training wrote",
+    ),
     Bad("weights changed", flip(f"{VARIANT}/model.safetensors"), RESULTS, "model.safetensors is not the trained file"),
     Bad("weights changed, card", flip(f"{VARIANT}/model.safetensors"), CARD, "is not the trained file"),
     Bad("seed changed", param("seed", 4), RESULTS, "stale, seed was 3, is 4"),

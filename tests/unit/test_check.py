@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from bwsk.check import verify, write_checks
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file, write_json
+from bwsk.layout import SETTINGS
 from bwsk.params import Params
 from tests.unit.study_fixture import publish
 
@@ -61,6 +62,9 @@ def test_a_pulled_repository_passes_without_the_intermediate_artifacts(editable:
     shutil.rmtree(editable / "build")
     checks = verify(params, editable)
     assert any(check.found == "agrees with training_results.json of every variant" for check in checks)
+    set_json("results/results.json", "variants", NAME, "provenance", "device", to="a GPU")(editable)
+    with pytest.raises(BwskError, match=f"variants.{NAME}.provenance.device is a GPU, training recorded cpu"):
+        verify(params, editable)
     set_json("results/results.json", "variants", NAME, "final_train_loss", to=0.1)(editable)
     with pytest.raises(BwskError, match=f"variants.{NAME}.final_train_loss is 0.1, training recorded"):
         verify(params, editable)
@@ -78,9 +82,11 @@ def test_a_pulled_repository_passes_without_the_intermediate_artifacts(editable:
         (rewrite(f"{V}/config.json", lambda data: b""), f"{NAME}/config.json", "is empty"),
         (lambda root: (root / V / "config.json").chmod(0o666), "config.json", "writable by everybody"),
         (lambda root: (root / "results/results.json").chmod(0o755), "results.json", "must be readable and not"),
+        (lambda root: (root / "results/results.json").chmod(0o4644), "results.json", "must be readable and not"),
         (lambda root: (root / V).chmod(0o777), NAME, "writable by everybody"),
         (rewrite("results/README.md", lambda data: data.replace(b"403", b"3")[:-3]), "README.md", "is not the card"),
         (rewrite("results/README.md", lambda data: b"# x\n"), "README.md", "no YAML header"),
+        (rewrite("results/README.md", lambda data: data.replace(b"|\n", b"|\r\n")), "README.md", "is not the card"),
         (rewrite("results/README.md", lambda data: b"\xff" + data), "README.md", "not UTF-8"),
         (rewrite("results/figures/loss.png", lambda data: b"GIF8" + data), "loss.png", "not a PNG"),
         (set_json("results/results.json", "census", "s", to=99), "results.json", "census.s is not what"),
@@ -89,8 +95,11 @@ def test_a_pulled_repository_passes_without_the_intermediate_artifacts(editable:
         (set_json("results/results.json", "secret", to=1), "results.json", "'secret' was unexpected"),
         (set_json("results/results.json", "claims", to=[]), "results.json", "claims is not what"),
         (rewrite("results/results.json", lambda data: data[:-9]), "results.json", "not strict JSON"),
+        (rewrite("results/results.json", lambda data: b'{"census": 1,' + data[1:]), "results.json", "there twice"),
         (set_json(f"{V}/training_results.json", "test_metric", to=1.5), NAME, "training recorded 1.5"),
         (rewrite(f"{V}/model.safetensors", lambda data: data[:-4]), NAME, "not the trained file"),
+        (set_json(f"{V}/config.json", "layer_norm_epsilon", to=0.1), NAME, "config.json is not the file that training"),
+        (set_json(f"{V}/tokenizer_config.json", "x", to=1), NAME, "tokenizer_config.json is not the file"),
     ],
 )
 def test_what_was_tampered_with_is_named(editable: Path, params: Params, tamper: Tamper, named: str, says: str) -> None:
@@ -115,6 +124,9 @@ def reseal(root: Path, params: Params) -> None:
     """Make all recorded hashes and the card those of the files as they now are, as a careful forger would."""
     sha256 = sha256_file(root / V / "model.safetensors")
     set_json(f"{V}/training_results.json", "provenance", "weights_sha256", to=sha256)(root)
+    for name in SETTINGS:
+        record = ("provenance", "files_sha256", name)
+        set_json(f"{V}/training_results.json", *record, to=sha256_file(root / V / name))(root)
     set_json(f"build/evaluation/{NAME}.json", "weights_sha256", to=sha256)(root)
     publish(params, root)
 
