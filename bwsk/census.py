@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from bwsk.counts import Counts
 from bwsk.errors import BwskError
@@ -122,6 +123,9 @@ def _model(source: Any, revision: str | None, training: bool | None) -> tuple[nn
         if training not in (None, source.training):
             mode = "training" if source.training else "eval"
             raise BwskError(f"{type(source).__name__}: is in {mode} mode; call .train() or .eval() on it first")
+        lazy = [name for name, p in source.named_parameters() if is_lazy(p)]
+        if lazy:
+            raise BwskError(f"{type(source).__name__}: {lazy[0]} has no shape yet; run the model on a batch first")
         return source, type(source).__name__
     from bwsk.architecture import load
 
@@ -131,7 +135,7 @@ def _model(source: Any, revision: str | None, training: bool | None) -> tuple[nn
 
 def _row(path: str, module: nn.Module, subject: Subject, rule: Rule | None) -> Row:
     head = (path, type(module).__name__, subject.kind)
-    facts = composition(subject.facts) if subject.how == "operations" else subject.facts
+    facts = composition(subject.facts) if "flow" in subject.facts else subject.facts
     tail = (subject.how, {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()})
     size = sum(p.numel() for p in module.parameters())
     if rule is None:

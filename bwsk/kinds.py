@@ -4,10 +4,11 @@ Three ways, in this order, so that a verdict never hangs on what a class is call
 
 1. **type**: torch's own layers, as long as `forward` is not overridden;
 2. **behaviour**: the module runs on a few numbers, with small random stand-ins for its parameters, and the outcome is
-   compared with what defines a kind: element-wise or not, monotone or not, invariant to the scale of a row (RMS norm),
-   to its scale and offset (layer norm), affine (a linear map), rows of cosines and sines (rotary positions), ...
-3. **operations**: the operators that it dispatches on that probe are its facts ("composite", or "routing" if one of
-   them chooses); which of those erase is for rules to say.
+   compared with what defines a kind: element-wise or not, monotone or not, a row over its scale (RMS norm), less its
+   mean too (layer norm), exponentials of a row over their sum (softmax), rows of cosines and sines (rotary positions);
+3. **operations**: what it dispatches. One linear map, convolution or table look-up with nothing but arithmetic on known
+   numbers around it is of that kind; otherwise its operators and the way of the data through them are its facts
+   ("composite", or "routing" if one of them chooses), and which of those erase is for rules to say.
 
 What answers to none of these is "unknown", which every rule set calls GRAY. Probing works on meta-device modules,
 leaves the module and the global random state untouched, and is done once per class, shape and settings.
@@ -23,16 +24,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bwsk.operators import Subject, dispatched
+from bwsk.operators import Flow, Subject, dispatched
 from bwsk.witness import fixed_draws
 
 _PROBE_ELEMENTS = 1 << 23  # stand-in parameters of more elements than this are not made
 
 
 def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every leaf that computes: no children, and a forward of its own (an empty list has none)."""
+    """Name and module of every leaf that computes: no children, and a forward of its own (an empty list has none).
+
+    What computes a layer's weight (a weight norm, say) is part of that layer.
+    """
     for name, module in model.named_modules():
-        if next(module.children(), None) is None and type(module).forward is not nn.Module.forward:
+        inner = {child for child, _ in module.named_children()} - {"parametrizations"}
+        if not inner and "parametrizations" not in name.split(".") and type(module).forward is not nn.Module.forward:
             yield name, module
 
 
@@ -54,7 +59,31 @@ def identify(module: nn.Module, cache: dict[Any, Subject] | None = None) -> Subj
 
 
 def _pooling(module: Any) -> Subject:
-    return Subject("pooling", {"kernel": getattr(module, "kernel_size", None)})
+    sizes = [getattr(module, n, None) for n in ("kernel_size", "stride", "padding")]
+    kernel, stride, padding = ((n,) if isinstance(n, int) else tuple(n or ()) for n in sizes)
+    if kernel and set(kernel) == set(stride) == {1} and not any(padding):  # each window holds one element
+        return Subject("identity")
+    mean = isinstance(module, nn.modules.pooling._AvgPoolNd)
+    return Subject("pooling", {"kernel": kernel, "mean": mean, "keeps": mean and _keeps(kernel, stride, padding)})
+
+
+def _keeps(kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
+    """Whether as many windows as elements come out."""
+    n = max(map(len, (kernel, stride, padding)))
+    kernel, padding = (v * n if len(v) == 1 else v for v in (kernel, padding))
+    return set(stride) == {1} and all(2 * p >= k - 1 for k, p in zip(kernel, padding, strict=True))
+
+
+def _upsample(module: Any) -> Subject:
+    """`reads_all`: every input element appears in the output; None where that depends on the input's size."""
+    factors = module.scale_factor
+    if not module.mode.startswith("nearest"):
+        return Subject("upsample", {"mode": module.mode})
+    if factors is None:
+        return Subject("upsample", {"mode": "nearest", "reads_all": None})
+    factors = factors if isinstance(factors, tuple) else (factors,)
+    every = all(f == int(f) if f < 2 else True for f in factors) if min(factors) >= 1 else False
+    return Subject("upsample", {"mode": "nearest", "reads_all": every or (None if min(factors) >= 1 else False)})
 
 
 def _recurrent(module: Any) -> Subject:
@@ -75,7 +104,10 @@ def _convolution(module: Any) -> Subject:
         "kernel": tuple(d * (k - 1) + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)),
         "stride": tuple(module.stride),
         "padding": padding,  # both sides together
+        "dilation": tuple(module.dilation),
     }
+    if module.transposed:
+        facts["output_padding"] = tuple(module.output_padding)
     return Subject(kind, facts)
 
 
@@ -96,8 +128,8 @@ _TYPES: tuple[tuple[type[nn.Module], Callable[[Any], Subject]], ...] = (
     (nn.modules.dropout._DropoutNd, _dropout),
     (nn.LayerNorm, _layer_norm),
     (nn.RMSNorm, lambda m: Subject("rms_norm", {"size": math.prod(m.normalized_shape)})),
-    (nn.GroupNorm, lambda m: Subject("group_norm", {"size": m.num_channels // m.num_groups})),
-    (nn.modules.instancenorm._InstanceNorm, lambda m: Subject("group_norm", {"size": 1})),
+    (nn.GroupNorm, lambda m: Subject("group_norm", {"channels": m.num_channels // m.num_groups})),
+    (nn.modules.instancenorm._InstanceNorm, lambda m: Subject("group_norm", {"channels": 1})),
     (nn.modules.batchnorm._BatchNorm, _batch_norm),
     (nn.Embedding, lambda m: Subject("embedding", {"rows": m.num_embeddings, "out": m.embedding_dim})),
     (nn.modules.conv._ConvNd, _convolution),
@@ -107,7 +139,7 @@ _TYPES: tuple[tuple[type[nn.Module], Callable[[Any], Subject]], ...] = (
     (nn.modules.pooling._AdaptiveAvgPoolNd, _pooling),
     (nn.modules.pooling._AdaptiveMaxPoolNd, _pooling),
     (nn.modules.pooling._LPPoolNd, _pooling),
-    (nn.Upsample, lambda m: Subject("upsample", {"mode": m.mode})),
+    (nn.Upsample, _upsample),
     (nn.RNNBase, _recurrent),
     (nn.RNNCellBase, _recurrent),
     (nn.Flatten, lambda m: Subject("reshape")),
@@ -134,43 +166,57 @@ def _by_type(module: nn.Module) -> Subject | None:
 # --- 2. behaviour ----------------------------------------------------------------------------------------------------
 
 
+_MACHINERY = frozenset(vars(nn.Module())) - {"training"}
+
+
 def _probe_key(module: nn.Module) -> Any:
+    """What a module's outcome can depend on: class, shapes, settings, and which functions and configs it holds."""
     state = tuple((n, tuple(t.shape)) for n, t in [*module.named_parameters(), *module.named_buffers()])
-    plain = tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))))
-    return type(module), state, repr(plain)
+    plain = (bool, int, float, str, tuple, type(None))
+    own = sorted(
+        (k, repr(v) if isinstance(v, plain) else id(v)) for k, v in vars(module).items() if k not in _MACHINERY
+    )
+    return type(module), state, tuple(own)
 
 
 class _Probe:
     """A module with random stand-ins for its parameters, called on double-precision inputs."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, meta: bool = False) -> None:
+        """On the meta device it has shapes only."""
         self.module = module
+        self.device = "meta" if meta else "cpu"
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        if sum(t.numel() for t in state.values()) > _PROBE_ELEMENTS:
-            raise ValueError("too large to probe")
-        # Positive, so that a slope or a scale among them does not flip a sign; float tensors only, the rest is zero.
-        self.state = {n: torch.rand(t.shape, dtype=torch.float64) + 0.5 if t.is_floating_point() else
-                      torch.zeros(t.shape, dtype=t.dtype) for n, t in state.items()}  # fmt: skip
-        self.widths = list(dict.fromkeys(d for n in self.state.values() if n.dim() for d in (n.shape[-1], n.shape[0])))
+        self.elements = sum(t.numel() for t in state.values())
+        self.state = {n: self._stand_in(t) for n, t in state.items()}
+        sizes = [
+            d for t in self.state.values() if t.dim() for d in (t.shape[-1], t.shape[0], t.shape[min(1, t.dim() - 1)])
+        ]
+        self.widths = list(
+            dict.fromkeys(sizes)
+        )  # what its input may measure: features of a matrix, channels of a kernel
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def _stand_in(self, t: Tensor) -> Tensor:
+        # Positive, so that a slope or a scale among them does not flip a sign; float tensors only, the rest is zero.
+        if t.is_floating_point():
+            return torch.rand(t.shape, dtype=torch.float64, device=self.device) + 0.5
+        return torch.zeros(t.shape, dtype=t.dtype, device=self.device)
+
+    def __call__(self, *inputs: Any) -> Any:
         return torch.func.functional_call(self.module, self.state, inputs)
 
 
 def _by_probe(module: nn.Module) -> Subject:
     # The grid of numbers is fixed; what is drawn comes from a private copy of the generator.
     with torch.no_grad(), fixed_draws():
-        try:
-            probe = _Probe(module)
-        except ValueError:
-            return Subject("unknown", {"class": type(module).__name__}, "none")
-        return (
-            _attempt(_elementwise, probe)
-            or _attempt(_rotary, probe)
-            or _attempt(_row_function, probe)
-            or _attempt(_operations, probe)
-            or Subject("unknown", {"class": type(module).__name__}, "none")
-        )
+        shapes = _Probe(module, meta=True)
+        small = _Probe(module) if shapes.elements <= _PROBE_ELEMENTS else None
+        tests = [(_elementwise, small), (_rotary, small), (_row_function, small), (_table, shapes)]
+        for test, probe in [*tests, (_operations, shapes), (_operations, small)]:
+            found = _attempt(test, probe) if probe else None
+            if found:
+                return found
+        return Subject("unknown", {"class": type(module).__name__}, "none")
 
 
 def _attempt(test: Callable[[_Probe], Subject | None], probe: _Probe) -> Subject | None:
@@ -181,6 +227,8 @@ def _attempt(test: Callable[[_Probe], Subject | None], probe: _Probe) -> Subject
 
 
 _GRID = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+_FAR = torch.tensor([8, 9, 10, 11, 12, 13, 14, 15, 16], dtype=torch.float64)  # the hyperbolic tangent still rises
+_FARTHER = torch.logspace(1, 4, 61, dtype=torch.float64)
 _REFERENCES: tuple[tuple[str, Callable[[Tensor], Tensor], float], ...] = (
     ("identity", lambda x: x, 0.0),
     ("relu", F.relu, 0.0),
@@ -200,23 +248,38 @@ def _elementwise(probe: _Probe) -> Subject | None:
     if not torch.equal(state, torch.get_rng_state()):
         return _random_zeroing(probe)
     y = y.reshape(-1).double()
+
+    def of(x: Tensor) -> Tensor:
+        return probe(x.clone()).double()
+
     order = torch.randperm(grid.numel())
-    if not torch.allclose(probe(grid[order].reshape(1, -1)).reshape(-1).double(), y[order], atol=1e-9, rtol=0):
+    part = order[:1200]  # neighbours must not matter, in any direction
+    if not torch.allclose(of(grid[order].reshape(1, -1)).reshape(-1), y[order], atol=1e-9, rtol=0):
         return None
-    half = probe(grid[::2].reshape(1, -1).clone()).reshape(-1).double()  # neighbours must not matter
-    if not torch.allclose(half, y[::2], atol=1e-9, rtol=0):
+    if not torch.allclose(of(grid[part].reshape(3, 20, 20)).reshape(-1), y[part], atol=1e-9, rtol=0):
         return None
+    far = torch.cat([-_FARTHER.flip(0), _FARTHER])
     for kind, reference, bound in _REFERENCES:
-        if float((y - reference(grid)).abs().max()) <= bound:
+        beyond = kind != "identity" or torch.equal(of(far.reshape(1, -1)).reshape(-1), far)
+        if float((y - reference(grid)).abs().max()) <= bound and beyond:
             return Subject(kind, {}, "behaviour")
-    steps = y.diff()
-    injective = bool((steps > 0).all() or (steps < 0).all())
+    wide = torch.cat([of((-_FAR.flip(0)).reshape(1, -1)).reshape(-1), y[1:-1], of(_FAR.reshape(1, -1)).reshape(-1)])
+    steps, after = wide.diff(), of(far.reshape(1, -1)).reshape(-1).diff()
+    rises, falls = bool((steps > 0).all()), bool((steps < 0).all())
+    turns = bool((after < 0).any()) if rises else bool((after > 0).any())
+    injective = (rises or falls) and not turns and not (bool((after == 0).any()) and _clamps(probe))
     return Subject("injective_elementwise" if injective else "erasing_elementwise", {}, "behaviour")
+
+
+def _clamps(probe: _Probe) -> bool:
+    """Whether a plateau far out is meant (a clamp runs) and is not what rounding makes of a tanh or an exponential."""
+    steps = dispatched(probe, _GRID.reshape(1, -1).clone()).steps
+    return any(step.subject.kind == "erasing_elementwise" for step in steps)
 
 
 def _random_zeroing(probe: _Probe) -> Subject | None:
     """Dropout of elements or of whole rows (stochastic depth): every output is zero or x / (1 - p)."""
-    x = _GRID[1:] + 8
+    x = _GRID[_GRID != 0]
     y = torch.cat([probe(x.reshape(1, -1).clone()).reshape(-1).double() for _ in range(8)])
     factors = (y / x.repeat(8))[y != 0]
     if factors.numel() and float(factors.max() - factors.min()) < 1e-6:
@@ -234,47 +297,100 @@ def _rotary(probe: _Probe) -> Subject | None:
 
 
 def _row_function(probe: _Probe) -> Subject | None:
-    """Norms, softmax and affine maps: functions of rows told apart by what they do not notice."""
+    """Norms and softmax: functions of rows that are what defines them."""
     for width in probe.widths or [8]:
         for shape in ((3, width), (2, 5, width), (2, width, 3, 3), (2, width, 5)):
-            x = torch.randn(shape, dtype=torch.float64) * 30  # large against any epsilon
+            x = torch.randn(shape, dtype=torch.float64)
             try:
-                y = probe(x.clone())
+                y = probe(30 * x)  # large against any epsilon
             except Exception:
                 continue
-            if isinstance(y, Tensor) and y.is_floating_point():
-                return _describe(probe, x, y.double(), width)
+            if isinstance(y, Tensor) and y.is_floating_point() and y.shape == x.shape:
+                return _norm(probe, x, y.double(), width) or _softmax(probe, x)
     return None
 
 
-def _describe(probe: _Probe, x: Tensor, y: Tensor, width: int) -> Subject | None:
-    def same(a: Tensor, b: Tensor) -> bool:
-        return torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+def _norm(probe: _Probe, x: Tensor, y: Tensor, width: int) -> Subject | None:
+    """y = (x - m) / s * w + b, with a scale s (and mean m) per row and w and b per feature.
 
-    if y.shape == x.shape:
-        scale_free, offset_free = same(probe(3 * x), y), same(probe(x + 7), y)
-        if scale_free and not torch.equal(y, x):
-            return Subject("layer_norm" if offset_free else "rms_norm", {"size": width}, "behaviour")
-        for sums in (y.sum(-1), y.exp().sum(-1)):  # softmax and its logarithm
-            if offset_free and same(sums, torch.ones_like(sums)):
-                return Subject("softmax", {"size": width}, "behaviour")
-    z = torch.randn_like(x) * 30
-    if same(probe(0.3 * x + 0.7 * z), 0.3 * y + 0.7 * probe(z).double()) and y.shape[:-1] == x.shape[:-1]:
-        return Subject("linear", {"in": x.shape[-1], "out": y.shape[-1]}, "behaviour")
+    b is what a row of zeros gives; then log|y - b| - log|x - m| is a sum of a part per row and a part per feature.
+    """
+    scaled = probe(90 * x).double()
+    if not torch.allclose(scaled, y, rtol=1e-4, atol=1e-4 * float(y.abs().max())) or torch.equal(y, 30 * x):
+        return None
+    y = y - probe(torch.zeros_like(x)).double()
+    for axis in {-1, 1}:
+        if x.shape[axis] == width and width > 1:
+            for kind, rows in (("rms_norm", x), ("layer_norm", x - x.mean(axis, keepdim=True))):
+                ratio = (y / rows).movedim(axis, -1).reshape(-1, width)
+                if (ratio != 0).all() and torch.allclose(
+                    ratio * ratio[0, 0], ratio[:1] * ratio[:, :1], rtol=1e-3, atol=0
+                ):
+                    return Subject(kind, {"size": width}, "behaviour")
+    return None
+
+
+def _softmax(probe: _Probe, x: Tensor) -> Subject | None:
+    """Or its logarithm, at any temperature, along any axis."""
+    y = probe(x.clone()).double()
+    for axis in range(x.dim()):
+        for log in (y.log(), y):
+            if torch.allclose(log.exp().sum(axis), torch.ones((), dtype=y.dtype)):
+                slopes = (log.diff(dim=axis) / x.diff(dim=axis)).flatten()
+                if slopes.numel() and slopes[0] != 0 and torch.allclose(slopes, slopes[0].expand_as(slopes)):
+                    return Subject("softmax", {}, "behaviour")
     return None
 
 
 # --- 3. operations ---------------------------------------------------------------------------------------------------
 
+_ARITHMETIC = frozenset({"elementwise_constant", "reshape", "identity", "widening_cast"})
+_CORES = frozenset({"linear", "convolution", "transposed_convolution", "embedding"})
+
+
+def _table(probe: _Probe) -> Subject | None:
+    """A table of positions or of words with a forward of its own: fed indices, a shape, or nothing at all."""
+    inputs: list[tuple[Any, ...]] = [()]
+    if isinstance(probe.module, nn.Embedding):
+        rows = min(5, probe.module.num_embeddings)
+        inputs = [(torch.zeros(1, rows, dtype=torch.long, device="meta"),), (torch.Size((1, rows)),), ()]
+    for given in inputs:
+        x = given[0] if given and isinstance(given[0], Tensor) else torch.zeros(1, device="meta")
+        try:
+            flow = dispatched(lambda _, given=given: probe(*given), x)
+        except Exception:
+            continue
+        if not flow.steps:  # the shape is all that it looks at
+            return Subject("position", {}, "operations")
+        return _core(flow, x) or Subject("composite", {"flow": flow}, "operations")
+    return None
+
 
 def _operations(probe: _Probe) -> Subject | None:
     for width in probe.widths or [8]:
-        for shape in ((3, width), (2, 5, width), (2, width, 3, 3)):
+        for shape in ((3, width), (2, 5, width), (2, width, 12, 12), (2, width, 12)):
+            x = torch.randn(shape, dtype=torch.float64, device=probe.device)
             try:
-                ran = dispatched(probe, torch.randn(shape, dtype=torch.float64))
+                flow = dispatched(probe, x)
             except Exception:
                 continue
-            if ran:
-                kind = "routing" if any(subject.kind == "routing" for subject, _ in ran) else "composite"
-                return Subject(kind, {"operations": ran}, "operations")
+            if flow.steps:
+                routes = any(step.subject.kind == "routing" for step in flow.steps)
+                kind = "routing" if routes else "composite"
+                return _core(flow, x) or Subject(kind, {"flow": flow}, "operations")
     return None
+
+
+def _core(flow: Flow, x: Tensor) -> Subject | None:
+    """The one operation that is more than arithmetic with known numbers; arithmetic alone is a diagonal linear map."""
+    cores = [step.subject for step in flow.steps if step.subject.kind not in _ARITHMETIC]
+    if not flow.kept(lambda step: True)[0] or len(cores) > 1:
+        return None
+    if any(step.subject.facts.get("noise") for step in flow.steps):
+        return None
+    if not cores and any(step.subject.kind == "elementwise_constant" for step in flow.steps):
+        return Subject("linear", {"in": x.shape[-1], "out": x.shape[-1]}, "operations")
+    if not cores or cores[0].kind not in _CORES:
+        return None
+    facts = {key: value for key, value in cores[0].facts.items() if key != "length"}  # that of the probe
+    return Subject(cores[0].kind, facts, "operations")

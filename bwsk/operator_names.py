@@ -33,13 +33,12 @@ SELECT = _names(
 )
 INJECTIVE = _names(
     "exp exp2 log log2 log10 log1p expm1 sqrt rsqrt reciprocal neg negative sinh atan asinh atanh acosh erf erfc "
-    "erfinv softplus leaky_relu elu selu celu prelu _prelu_kernel logit log_sigmoid_forward logical_not "
-    "bitwise_not softsign tan"
+    "erfinv softplus leaky_relu elu celu prelu _prelu_kernel logit log_sigmoid_forward bitwise_not"
 )
 ERASING = _names(
     "abs absolute square sin cos cosh hardtanh hardswish hardsigmoid clamp clamp_min clamp_max sign sgn floor "
-    "ceil round trunc frac mish threshold softshrink hardshrink relu6 sinc heaviside nan_to_num fmod remainder "
-    "floor_divide glu lgamma"
+    "ceil round trunc frac mish threshold softshrink hardshrink relu6 sinc heaviside fmod remainder floor_divide "
+    "glu lgamma tan logical_not"
 )
 NAMED = {
     "relu": "relu",
@@ -47,7 +46,7 @@ NAMED = {
     "silu": "silu",
     "tanh": "tanh",
     "sigmoid": "sigmoid",
-    "erf": "injective_elementwise",
+    "nan_to_num": "identity",  # on numbers
     "embedding": "embedding",
     "sort": "sorting",
     "topk": "routing",
@@ -72,10 +71,13 @@ NAMED = {
 }
 ARITHMETIC = _names("add sub rsub subtract mul multiply div divide true_divide lerp addcmul addcdiv")
 PAIRWISE = _names("maximum minimum max min fmax fmin pow atan2 fmod remainder floor_divide hypot logaddexp bitwise_xor")
+UNDONE = _names("logaddexp bitwise_xor")  # of these, undone with a known second operand; pow and atan2: not known
 REDUCE = _names(
     "sum nansum mean amax amin aminmax max min prod var std var_mean std_mean logsumexp norm linalg_vector_norm "
     "any all count_nonzero median mode trace _local_scalar_dense item equal is_nonzero cumprod cummax cummin"
 )
+OF_ONE = _names("sum mean amax amin max min prod logsumexp")  # of these, the same element again for a single one
+LOOKUP = _names("index_select index gather take take_along_dim")  # rows of a table that is no activation
 COMPARE = _names(
     "eq ne lt gt le ge isnan isinf isfinite logical_and logical_or logical_xor bitwise_and bitwise_or __and__ "
     "__or__ isin bucketize searchsorted is_same_size"
@@ -108,7 +110,6 @@ MATMUL = {
     "addbmm": (1, 2),
     "_scaled_mm": (0, 1),
 }
-CONVOLVE = _names("convolution conv1d conv2d conv3d cudnn_convolution mkldnn_convolution miopen_convolution")
 BATCH_NORM = {  # name -> position of the training flag (None: never trains)
     "native_batch_norm": 5,
     "_native_batch_norm_legit": 5,

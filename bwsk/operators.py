@@ -86,6 +86,8 @@ def _by_name(
     outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
     sizes = {"in": x.numel(), "out": sum(t.numel() for t in outs)}
     if name in ("_to_copy", "to", "copy", "type_as", "_cast_Float", "_cast_Half"):
+        if name == "copy" and roles[0] is Role.DATA:  # written over: as a masked fill
+            return Subject("masking", sizes)
         source = inputs[1] if name == "copy" else x
         return _cast(source.dtype, outs[0].dtype)
     if name == "embedding" and roles[0] is Role.DATA:
@@ -93,34 +95,35 @@ def _by_name(
     if name in names.NAMED:
         return Subject(names.NAMED[name], sizes)
     if name in names.REARRANGE:
-        # A negative pad crops; everything else moves every element to the output.
-        return Subject("reshape" if sizes["out"] >= sizes["in"] else "selection", sizes)
+        # A negative pad crops, also where the other end grows; everything else moves every element to the output.
+        crops = "pad" in name and any(n < 0 for n in args[1])
+        return Subject("reshape" if sizes["out"] >= sizes["in"] and not crops else "selection", sizes)
+    if name in names.LOOKUP and roles[0] is not Role.DATA and x.dtype != torch.bool:
+        return Subject("embedding", sizes)
     if name in names.SELECT:
-        whole = name in ("slice", "narrow", "unfold") and sizes["out"] >= sizes["in"]
-        return Subject("reshape" if whole else "selection", sizes)
-    if name == "pow" and isinstance(args[1], (int, float)):
-        odd = float(args[1]) % 2 == 1 or not float(args[1]).is_integer()
-        return Subject("injective_elementwise" if odd and args[1] != 0 else "erasing_elementwise")
+        return Subject("reshape" if _selects_all(name, args, x, sizes) else "selection", sizes)
     if name in names.ARITHMETIC:
         return _arithmetic(name, args, kwargs, inputs, roles, outs[0])
     if name in names.PAIRWISE and len(inputs) >= 2:
-        return Subject("merge" if roles.count(Role.DATA) > 1 else "erasing_elementwise")
-    if name in names.INJECTIVE:
-        return Subject("injective_elementwise")
-    if name in names.ERASING:
-        return Subject("erasing_elementwise")
+        if roles.count(Role.DATA) > 1:
+            return Subject("merge")
+        if name in ("pow", "atan2"):  # depends on the known operand's values
+            return None
+        return Subject("elementwise_constant" if name in names.UNDONE else "erasing_elementwise")
+    if name in names.INJECTIVE or name in names.ERASING or name == "pow":
+        return _elementwise(name, args, x)
     if name in names.REDUCE:
-        return Subject("reshape" if sizes["out"] == sizes["in"] else "reduction", sizes)
+        return Subject("reshape" if name in names.OF_ONE and sizes["out"] == sizes["in"] else "reduction", sizes)
     if name in names.COMPARE:
         return Subject("comparison", sizes)
     if name in names.MASK:
-        return Subject("masking", sizes)
+        return _masking(name, roles, sizes)
     if name in names.POOL:
-        return Subject("pooling", sizes)
+        return _pooling(name, args, x, outs[0])
     if name in names.LOSS:
         return Subject("loss", sizes)
     if name.startswith("upsample_") or name.startswith("_upsample_"):
-        return Subject("upsample", {"mode": name.strip("_").split("_")[1][:7]})
+        return _upsample(name, args, x, outs[0])
     if name in ("_softmax", "softmax", "_log_softmax", "log_softmax", "_safe_softmax"):
         return Subject("softmax", {"size": x.shape[args[1]] if x.dim() else 1})
     if name in ("native_dropout", "dropout", "feature_dropout", "alpha_dropout"):
@@ -141,16 +144,15 @@ def _layer(
     """Matrix products, convolutions and norms."""
     if name in names.MATMUL:
         return _product(name, args, {id(t) for t, r in zip(inputs, roles, strict=True) if r is Role.DATA})
-    if name in names.CONVOLVE:
+    if name == "convolution":
         return _convolution(args, roles)
     if name in ("native_layer_norm", "layer_norm"):
         return Subject("layer_norm", {"size": math.prod(args[1])})
     if name in ("_fused_rms_norm", "rms_norm"):
         return Subject("rms_norm", {"size": math.prod(args[1])})
     if name in ("native_group_norm", "group_norm"):
-        return Subject(
-            "group_norm", {"size": inputs[0].shape[1] // (args[6] if name == "native_group_norm" else args[1])}
-        )
+        groups = inputs[0].shape[0] * (args[6] if name == "native_group_norm" else args[1])
+        return Subject("group_norm", {"size": inputs[0].numel() // max(1, groups)})
     if name in names.BATCH_NORM:
         flag = names.BATCH_NORM[name]
         training = bool(args[flag]) if flag is not None else "with_update" in name
@@ -158,8 +160,71 @@ def _layer(
             args[3], Tensor
         ):  # overload without running statistics
             training = True
-        return Subject("batch_norm", {"batch_statistics": training})
+        return Subject("batch_norm", {"batch_statistics": training, "size": inputs[0].numel() // inputs[0].shape[1]})
     return None
+
+
+def _elementwise(name: str, args: tuple[Any, ...], x: Tensor) -> Subject | None:
+    """A function of each element, by its name and its numbers."""
+    numbers = [a for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)]
+    if x.is_complex() and name not in names.ERASING and name not in ("neg", "negative", "reciprocal"):
+        return None  # the exponential is periodic there
+    if name == "pow":
+        if not isinstance(args[1], (int, float)) or not math.isfinite(args[1]):
+            return None
+        injective = args[1] != 0 and (float(args[1]) % 2 == 1 or not float(args[1]).is_integer())
+    elif name in ("leaky_relu", "elu"):  # a slope or scale of zero flattens, a negative one folds
+        injective = all(0 < n < math.inf for n in numbers)
+    elif name == "softplus":  # takes values twice just below its threshold: by e^-12 or more
+        injective = (args[2] if len(args) > 2 else 20) >= 12
+    elif name == "logit":  # an epsilon clamps
+        injective = not numbers
+    elif name == "clamp" and not any(isinstance(a, Tensor) for a in args[1:]):
+        low, high = (*args[1:3], None, None)[:2]
+        injective = low in (None, -math.inf) and high in (None, math.inf)
+    else:
+        injective = name in names.INJECTIVE
+    return Subject("injective_elementwise" if injective else "erasing_elementwise")
+
+
+def _selects_all(name: str, args: tuple[Any, ...], x: Tensor, sizes: dict[str, int]) -> bool:
+    if name == "unfold":  # windows of args[2] elements, args[3] apart
+        _, dim, size, step = args
+        return bool(x.dim()) and step <= size <= x.shape[dim] and (x.shape[dim] - size) % step == 0
+    return name in ("slice", "narrow") and sizes["out"] >= sizes["in"]
+
+
+def _masking(name: str, roles: list[Role], sizes: dict[str, int]) -> Subject | None:
+    """Written over an activation: erases. Written into something known: nothing is lost if it all lands apart."""
+    if name == "where":
+        return Subject("masking", sizes) if Role.DATA in roles[1:] else None
+    if roles[0] is Role.DATA:
+        return Subject("masking", sizes)
+    return Subject("reshape", sizes) if name in ("select_scatter", "slice_scatter", "diagonal_scatter") else None
+
+
+def _pooling(name: str, args: tuple[Any, ...], x: Tensor, out: Tensor) -> Subject:
+    if "adaptive" in name:
+        single = out.shape == x.shape
+    else:
+        kernel = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+        single = max(kernel) == 1 and out.shape == x.shape
+    if single:  # each window holds one element
+        return Subject("identity")
+    return Subject("pooling", {"mean": "avg" in name, "keeps": out.numel() >= x.numel()})
+
+
+def _upsample(name: str, args: tuple[Any, ...], x: Tensor, out: Tensor) -> Subject:
+    mode = next((m for m in ("nearest", "bicubic", "bilinear", "trilinear", "linear") if m in name), "unknown")
+    if mode != "nearest":
+        return Subject("upsample", {"mode": mode})
+    half = 0.5 if "exact" in name else 0.0
+    scales = args[2:] if len(args) > 2 else (None,) * (x.dim() - 2)
+    every = True
+    for n, m, scale in zip(x.shape[2:], out.shape[2:], scales, strict=False):
+        step = n / m if scale is None else 1 / scale
+        every = every and len({min(int((i + half) * step), n - 1) for i in range(m)}) == n
+    return Subject("upsample", {"mode": "nearest", "reads_all": every})
 
 
 def _product(name: str, args: tuple[Any, ...], data: set[int]) -> Subject:
@@ -185,12 +250,15 @@ def _product(name: str, args: tuple[Any, ...], data: set[int]) -> Subject:
 def _cast(source: torch.dtype, target: torch.dtype) -> Subject:
     if source == target:
         return Subject("identity")
-    widens = torch.promote_types(source, target) == target
-    if not source.is_floating_point and not source.is_complex and target.is_floating_point:
-        # Integers beyond the mantissa round.
-        widens = source == torch.bool or torch.iinfo(source).bits <= {torch.float64: 53, torch.float32: 24}.get(
-            target, 8
-        )
+    if source == torch.bool:
+        widens = True
+    elif not source.is_floating_point and not source.is_complex and (target.is_floating_point or target.is_complex):
+        widens = torch.iinfo(source).bits <= -math.log2(torch.finfo(target).eps) + 1  # beyond the mantissa they round
+    elif min(source.itemsize, target.itemsize) == 1 and source.is_floating_point and target.is_floating_point:
+        # 8-bit floats have no promotion; all of them fit into float16 or bfloat16 but for their own rarer formats
+        widens = source.itemsize == 1 and target.itemsize > 2
+    else:
+        widens = torch.promote_types(source, target) == target
     return Subject("widening_cast" if widens else "narrowing_cast", {"from": str(source), "to": str(target)})
 
 
@@ -198,13 +266,19 @@ def _arithmetic(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], roles: list[Role], out: Tensor
 ) -> Subject:
     data = [t for t, r in zip(inputs, roles, strict=True) if r is Role.DATA]
+    if kwargs.get("rounding_mode") is not None:
+        return Subject("erasing_elementwise" if len(data) == 1 else "merge")
     if len(data) == 1:
         scales = "mul" in name or "div" in name
         if Role.NOISE in roles:  # x * mask zeroes at random; x + noise is undone by replaying the noise
-            return Subject("dropout", {"p": None, "training": True}) if scales else Subject("elementwise_constant")
+            if scales:
+                return Subject("dropout", {"p": None, "training": True})
+            return Subject("elementwise_constant", {"noise": True})
         numbers = [a for a in args if isinstance(a, (int, float))]
-        if scales and numbers and any(n == 0 or not math.isfinite(n) for n in numbers):
+        if any((scales and n == 0) or not math.isfinite(n) for n in numbers):
             return Subject("erasing_elementwise")
+        if scales and any(t.dtype == torch.bool for t, r in zip(inputs, roles, strict=True) if r is not Role.DATA):
+            return Subject("masking")  # times a mask
         return Subject("elementwise_constant")
     if len(data) == 2:
         a, b = data
@@ -229,16 +303,25 @@ def _convolution(args: tuple[Any, ...], roles: list[Role]) -> Subject:
         "kernel": tuple(d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True)),
         "stride": stride,
         "padding": tuple(2 * p for p in padding),
+        "dilation": dilation,
     }
+    if transposed:
+        facts["output_padding"] = tuple(args[7]) * n if len(args[7]) == 1 else tuple(args[7])
+    else:
+        facts["length"] = tuple(x.shape[2:])
     return Subject("transposed_convolution" if transposed else "convolution", facts)
 
 
 class Operator:
     """One operator with some of its arguments fixed: what specimens of operators are made of."""
 
-    def __init__(self, func: Any, *fixed: Any, pick: int | None = None, **kwargs: Any) -> None:
-        """Calls `func(*inputs, *fixed, **kwargs)`; a `...` among `fixed` stands for the inputs' place."""
+    def __init__(self, func: Any, *fixed: Any, pick: int | None = None, noise: bool = False, **kwargs: Any) -> None:
+        """Calls `func(*inputs, *fixed, **kwargs)`; a `...` among `fixed` stands for the inputs' place.
+
+        `noise`: the tensors among `fixed` were drawn at random.
+        """
         self.func, self.fixed, self.pick, self.kwargs = func, fixed, pick, kwargs
+        self.others = Role.NOISE if noise else Role.FIXED
 
     def _arguments(self, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
         if Ellipsis not in self.fixed:
@@ -255,30 +338,86 @@ class Operator:
         data = {id(t) for t in inputs}
         args = self._arguments(inputs)
         out = self.func(*args, **self.kwargs)
-        subject = identify_call(self.func, args, self.kwargs, out, lambda t: Role.DATA if id(t) in data else Role.FIXED)
+        subject = identify_call(
+            self.func, args, self.kwargs, out, lambda t: Role.DATA if id(t) in data else self.others
+        )
         return Subject(subject.kind, subject.facts, operator_name(self.func))
 
 
-def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> tuple[tuple[Subject, str], ...]:
-    """Every operator on the data's way through `function(x)`: what it computes, and its name."""
-    found: list[tuple[Subject, str]] = []
-    roles: dict[int, Role] = {id(x): Role.DATA}
-    alive: list[Any] = [x]  # a freed tensor's id would be used again
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One operator on the data's way: what it computes, its name, and the values that go in and come out, by number."""
+
+    subject: Subject
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    def told_by(self, known: set[int]) -> bool:
+        """Whether what it computes lies in the known values: all parts of a rearrangement, or the first of its outputs
+        (the others are statistics, its residue); of an operator that nobody knows, any."""
+        if self.subject.kind == "unknown":
+            return not known.isdisjoint(self.outputs)
+        whole = self.subject.kind in ("reshape", "sorting")
+        return known.issuperset(self.outputs if whole else self.outputs[:1])
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The operators that a function runs on its input, value 0, in order, and the numbers of the values it returns."""
+
+    steps: tuple[Step, ...]
+    returned: frozenset[int]
+
+    def kept(self, undone: Callable[[Step], bool]) -> tuple[bool, list[Step]]:
+        """Whether the input comes back from what is returned by undoing steps for which `undone` holds; and those."""
+        known, used = set(self.returned), []
+        for step in reversed(self.steps):
+            if step.told_by(known) and not known.issuperset(step.inputs) and undone(step):
+                known.update(step.inputs)
+                used.append(step)
+        return 0 in known, used
+
+
+def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> Flow:
+    """Every operator on the data's way through `function(x)`.
+
+    What writes into a tensor that others look into as well (a slice of a buffer) is "unknown": its readers change too.
+    """
+    steps: list[Step] = []
+    number: dict[int, int] = {id(x): 0}  # tensor -> value that it holds now
+    roles: dict[int, Role] = {_storage(x): Role.DATA}
+    alive: list[Any] = [x]  # a freed tensor's id, or a freed storage's address, would be used again
+    count = 0
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
+            nonlocal count
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            subject = identify_call(func, args, kwargs or {}, out, lambda t: roles.get(id(t), Role.FIXED))
-            role = output_role(subject, packet_name(func), (roles.get(id(t), Role.FIXED) for t in inputs))
-            for t in tree_leaves(out):
-                if isinstance(t, Tensor):
-                    roles[id(t)] = role
-                    alive.append(t)
+            before = {id(t): roles.get(_storage(t), Role.FIXED) for t in inputs}
+            out = func(*args, **(kwargs or {}))
+            subject = identify_call(func, args, kwargs or {}, out, lambda t: before.get(id(t), Role.FIXED))
+            role = output_role(subject, packet_name(func), before.values())
+            outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+            data = tuple(number[id(t)] for t in inputs if before[id(t)] is Role.DATA and id(t) in number)
+            for t in outs:
+                count += 1
+                number[id(t)] = count
+                roles[_storage(t)] = max(role, roles.get(_storage(t), Role.FIXED))
+                others = [u for u in alive if _storage(u) == _storage(t) and u is not t]
+                if func._schema.is_mutable and id(t) in before and others:
+                    subject = Subject("unknown", {"class": operator_name(func)})
+                    number.update((id(u), count) for u in others)
+                alive.append(t)
             if subject.kind not in ("constant", "random"):
-                found.append((subject, operator_name(func)))
+                steps.append(Step(subject, operator_name(func), data, tuple(number[id(t)] for t in outs)))
             return out
 
     with torch.no_grad(), Recorder():
-        function(x)
-    return tuple(found)
+        out = function(x)
+    tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    return Flow(tuple(steps), frozenset(number[id(t)] for t in tensors if id(t) in number))
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata

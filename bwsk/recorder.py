@@ -121,9 +121,9 @@ class Recorder(TorchDispatchMode):
         self.rules = rules
         self.rows: list[dict[str, Any]] = []
         self.path: list[str] = []
-        self.roles: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.made_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.storage_role: dict[int, Role] = {}
+        self.storage_role: dict[int, Role] = {}  # whatever looks into a storage sees what was written into it
+        self.alive: list[Any] = []  # storages: the address of a freed one would be used again (they hold no bytes)
         self.writer: dict[int, int] = {}  # storage -> operation that wrote it last
         self.birth: dict[int, int] = {}  # storage -> operation that allocated it
         self.kept: dict[int, set[int]] = {}  # operation -> storages already counted as saved
@@ -168,7 +168,7 @@ class Recorder(TorchDispatchMode):
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
 
     def _role(self, t: Tensor) -> Role:
-        return self.roles.get(t, self.storage_role.get(_key(t), Role.FIXED))
+        return self.storage_role.get(_key(t), Role.FIXED)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -200,7 +200,7 @@ class Recorder(TorchDispatchMode):
             "saved_bytes": 0,
             "inputs": tuple(sources),
         })  # fmt: skip
-        self._follow(outs, role, index, keys)
+        self._follow(outs, role, index, keys, writes=func._schema.is_mutable)
         return out
 
     def _sources(self, inputs: list[Tensor], roles: list[Role]) -> list[tuple[int, int]]:
@@ -209,26 +209,29 @@ class Recorder(TorchDispatchMode):
         for t, role in zip(inputs, roles, strict=True):
             if role is Role.FIXED:
                 continue
-            made = self.made_by.get(t)
-            if made is None:
-                made = self.writer.get(_key(t))
-            if made is not None:
+            # The later of the two: a tensor that was made before its storage was written depends on the writing.
+            made = max(self.made_by.get(t, -1), self.writer.get(_key(t), -1))
+            if made >= 0:
                 found[made] = max(found.get(made, 0), t.nbytes)
         return sorted(found.items())
 
-    def _follow(self, outs: list[Tensor], role: Role, index: int | None, input_keys: set[int]) -> None:
+    def _follow(
+        self, outs: list[Tensor], role: Role, index: int | None, input_keys: set[int], *, writes: bool = False
+    ) -> None:
         for t in outs:
             key = _key(t)
             if key not in input_keys:
+                self.alive.append(t.untyped_storage())
                 self.storage_role[key] = role
                 if index is not None:
                     self.birth[key] = self.writer[key] = index
                 else:
                     self.birth.pop(key, None)
                     self.writer.pop(key, None)
-            elif role > self.storage_role.get(key, Role.FIXED):
-                self.storage_role[key] = role  # data written in place into what was a constant
-            self.roles[t] = role
+            else:
+                self.storage_role[key] = max(role, self._role(t))  # data written in place into what was a constant
+                if writes and index is not None:
+                    self.writer[key] = index
             if index is not None:
                 self.made_by[t] = index
 

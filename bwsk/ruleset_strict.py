@@ -8,10 +8,11 @@ hold almost surely for weights that are initialised and trained in the usual way
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
+from bwsk.convolution import convolution, transposed_convolution
 from bwsk.operators import Facts
 from bwsk.rules import Rule, RuleSet, always
 from bwsk.specimens_functions import FUNCTIONS
@@ -30,21 +31,9 @@ def keeps_dimensions(f: Facts) -> bool:
     return f["out"] >= f["in"] and f.get("rank", f["in"]) >= f["in"]
 
 
-def keeps_positions(f: Facts) -> bool:
-    """A convolution that reads every position and gives no fewer numbers than it takes, borders included.
-
-    Per axis: kernel >= stride (nothing is skipped), padding >= kernel - stride (as many windows as positions / stride)
-    and (padding - kernel) mod stride <= padding / 2 (what the last window leaves over is padding, not input); over all
-    axes: channels out >= channels in x product of strides. `padding` counts both ends.
-    """
-    axes = list(zip(f["kernel"], f["stride"], f["padding"], strict=True))
-    reads_all = all(k >= s and p >= k - s and (p - k) % s <= p // 2 for k, s, p in axes)
-    return reads_all and f["out"] >= f["in"] * math.prod(f["stride"])
-
-
-def _widens_transposed(f: Facts) -> bool:
-    axes = zip(f["kernel"], f["stride"], f["padding"], strict=True)
-    return all(k >= s and p <= k - s for k, s, p in axes) and f["out"] * math.prod(f["stride"]) >= f["in"]
+def enough(f: Facts) -> bool:
+    """Rows of three elements or more: the least that can keep anything beside two scalars. A size not known is more."""
+    return f.get("size", 3) >= 3
 
 
 @cache
@@ -85,8 +74,8 @@ def primitives() -> RuleSet:
         "convolution 3x3 same; convolution depthwise causal; convolution patches; convolution strided, widening",
         "a full-rank linear map that keeps all dimensions",
         rank,
-        "kernel >= stride, padded, out >= in x strides",
-        keeps_positions,
+        "reads all, and out >= in x strides (padded) or x taps",
+        lambda f: convolution(f) is S,
     )
     add(
         "convolution",
@@ -96,8 +85,18 @@ def primitives() -> RuleSet:
         "convolution without padding",
         "fewer numbers out than in, or positions never read",
         rank,
+        "out < in x strides, not padded, or positions skipped",
+        lambda f: convolution(f) is K,
+    )
+    add(
+        "convolution",
+        GRAY,
+        ALL,
+        "convolution with an even dilated kernel, length 4; convolution with an even dilated kernel, length 5",
+        "depends on the length of the input",
+        "both witnesses",
         "otherwise",
-        lambda f: not keeps_positions(f),
+        lambda f: convolution(f) is GRAY,
     )
     add(
         "transposed_convolution",
@@ -106,18 +105,29 @@ def primitives() -> RuleSet:
         "transposed convolution 2x",
         "a full-rank linear map that keeps all dimensions",
         rank,
-        "uncropped, out x strides >= in",
-        _widens_transposed,
+        "out x uncropped phases >= in",
+        lambda f: transposed_convolution(f) is S,
     )
     add(
         "transposed_convolution",
         K,
         ALL,
-        "transposed convolution 4->1",
+        "transposed convolution 4->1; transposed convolution 2->1 of one phase",
         "fewer numbers out than in",
         rank,
+        "out x phases < in",
+        lambda f: transposed_convolution(f) is K,
+    )
+    add(
+        "transposed_convolution",
+        GRAY,
+        ALL,
+        "transposed convolution with an even dilated kernel, length 4; "
+        "transposed convolution with an even dilated kernel, length 5",
+        "depends on the length of the input",
+        "both witnesses",
         "otherwise",
-        lambda f: not _widens_transposed(f),
+        lambda f: transposed_convolution(f) is GRAY,
     )
     add("embedding", S, NOTHING, "embedding", "rows of a table differ: look the row up", "definition")
     add("position", S, NOTHING, "rotary positions", "the slowest angle tells the position", "Su et al. 2021, RoFormer")
@@ -131,7 +141,7 @@ def primitives() -> RuleSet:
         "keeps all but mean and deviation of a row",
         "Ba et al. 2016",
         many,
-        lambda f: f["size"] >= 3,
+        enough,
     )
     add(
         "layer_norm",
@@ -141,7 +151,7 @@ def primitives() -> RuleSet:
         "mean and deviation are all there is",
         "Ba et al. 2016",
         few,
-        lambda f: f["size"] < 3,
+        lambda f: not enough(f),
     )
     add(
         "rms_norm",
@@ -151,7 +161,7 @@ def primitives() -> RuleSet:
         "keeps all but the scale of a row",
         "Zhang & Sennrich 2019",
         many,
-        lambda f: f["size"] >= 3,
+        enough,
     )
     add(
         "rms_norm",
@@ -161,9 +171,28 @@ def primitives() -> RuleSet:
         "the scale is all there is",
         "Zhang & Sennrich 2019",
         few,
-        lambda f: f["size"] < 3,
+        lambda f: not enough(f),
     )
-    add("group_norm", S, ROW, "group norm", "keeps all but mean and deviation of a group", "Wu & He 2018")
+    add(
+        "group_norm",
+        S,
+        ROW,
+        "group norm; group norm operator, groups of 8",
+        "keeps all but mean and deviation of a group",
+        "Wu & He 2018",
+        many,
+        enough,
+    )
+    add(
+        "group_norm",
+        K,
+        ALL,
+        "group norm operator, groups of 1",
+        "mean and deviation are all there is",
+        "Wu & He 2018",
+        few,
+        lambda f: not enough(f),
+    )
     add(
         "batch_norm",
         S,
@@ -172,7 +201,17 @@ def primitives() -> RuleSet:
         "keeps all but mean and deviation of a channel; couples the batch",
         "Ioffe & Szegedy 2015",
         "batch statistics",
-        lambda f: f["batch_statistics"],
+        lambda f: f["batch_statistics"] and enough(f),
+    )
+    add(
+        "batch_norm",
+        K,
+        ALL,
+        "batch norm operator, 2 samples",
+        "mean and deviation are all there is",
+        "Ioffe & Szegedy 2015",
+        f"batch statistics, {few}",
+        lambda f: f["batch_statistics"] and not enough(f),
     )
     add(
         "batch_norm",
@@ -191,7 +230,7 @@ def primitives() -> RuleSet:
         "reshape",
         S,
         NOTHING,
-        "flatten; pixel shuffle; view; permute; expand; flip; split; zero padding; slice of everything",
+        "flatten; pixel shuffle; view; permute; expand; flip; split; zero padding; slice of everything; windows of all",
         "every element is still there",
         "definition",
     )
@@ -199,7 +238,7 @@ def primitives() -> RuleSet:
         "injective_elementwise",
         S,
         NOTHING,
-        "leaky relu; softplus; elu; exp; log; rsqrt; reciprocal; third power; erf",
+        "leaky relu; softplus; elu; exp; log; rsqrt; reciprocal; third power; erf; clamp at infinity",
         "strictly monotone: one argument for each value",
         mono,
     )
@@ -209,7 +248,8 @@ def primitives() -> RuleSet:
         "erasing_elementwise",
         K,
         ALL,
-        "relu6; hard swish; square; absolute value; clamp; cosine; times zero; maximum with a constant",
+        "relu6; hard swish; square; absolute value; clamp; cosine; times zero; maximum with a constant; tangent; "
+        "leaky relu, negative slope; softplus, low threshold; division rounded down",
         "takes a value at more than one argument",
         "definition",
     )
@@ -223,6 +263,18 @@ def primitives() -> RuleSet:
         "softmax; log softmax; softmax operator",
         "keeps all but an offset of the row (log-sum-exp)",
         "definition",
+        many,
+        enough,
+    )
+    add(
+        "softmax",
+        K,
+        ALL,
+        "softmax of 1 element; softmax of 2 elements",
+        "the offset is as much as what is left",
+        "definition",
+        few,
+        lambda f: not enough(f),
     )
 
     add(
@@ -245,7 +297,26 @@ def primitives() -> RuleSet:
         "eval or p = 0",
         lambda f: not f["training"] or f["p"] == 0,
     )
-    add("pooling", K, ALL, "max pooling; mean pooling", "many values, one result", "definition")
+    add(
+        "pooling",
+        K,
+        ALL,
+        "max pooling; mean pooling",
+        "many values, one result",
+        "definition",
+        "maximum, or fewer windows than elements",
+        lambda f: not (f["mean"] and f["keeps"]),
+    )
+    add(
+        "pooling",
+        GRAY,
+        ALL,
+        "running mean of 3, length 4; running mean of 3, length 5",
+        "depends on the length of the input",
+        "both witnesses",
+        "running mean",
+        lambda f: f["mean"] and f["keeps"],
+    )
     add(
         "upsample",
         S,
@@ -253,8 +324,18 @@ def primitives() -> RuleSet:
         "nearest upsampling",
         "every element is repeated",
         "definition",
-        "nearest",
-        lambda f: f["mode"] == "nearest",
+        "nearest, reads all",
+        lambda f: f["mode"] == "nearest" and f["reads_all"] is True,
+    )
+    add(
+        "upsample",
+        K,
+        ALL,
+        "nearest downsampling",
+        "what is not read is gone",
+        "definition",
+        "nearest, skips some",
+        lambda f: f["mode"] == "nearest" and f["reads_all"] is False,
     )
     add(
         "recurrent",
@@ -284,6 +365,18 @@ def primitives() -> RuleSet:
         "plus a constant; times a parameter",
         "undone with the same number",
         "field arithmetic, to rounding",
+        "known numbers",
+        lambda f: not f.get("noise"),
+    )
+    add(
+        "elementwise_constant",
+        S,
+        RNG,
+        "plus noise, replayed",
+        "undone with the same draw",
+        "field arithmetic, to rounding",
+        "noise",
+        lambda f: bool(f.get("noise")),
     )
     add(
         "row_broadcast",
@@ -306,12 +399,23 @@ def primitives() -> RuleSet:
     return rules
 
 
-def composition(facts: Facts) -> dict[str, list[str]]:
-    """Kinds of the operators that a composite runs and that erase, and of those that no strict rule decides."""
-    decided = [(subject.kind, primitives().decide(subject, operator)) for subject, operator in facts["operations"]]
+def composition(facts: Facts) -> dict[str, Any]:
+    """What becomes of a composite's input, by the strict rules for its operators.
+
+    `kept`: it comes back from what is returned by undoing S operators, with `residue`; `lost`: it does not even if all
+    operators that no rule decides could be undone. `erasing` and `unknown` are the kinds that stand in the way.
+    """
+    flow = facts["flow"]
+    rules = {step: primitives().decide(step.subject, step.name) for step in flow.steps}
+    verdicts = {step: rule.verdict if rule else GRAY for step, rule in rules.items()}
+    kept, used = flow.kept(lambda step: verdicts[step] is S)
+    residues = [rule.residue for step in used if (rule := rules[step])]
     return {
-        "erasing": sorted({kind for kind, rule in decided if rule and rule.verdict is K}),
-        "unknown": sorted({kind for kind, rule in decided if not rule or rule.verdict is GRAY}),
+        "kept": kept,
+        "lost": not flow.kept(lambda step: verdicts[step] is not K)[0],
+        "residue": max(residues, key=list(Residue).index, default=NOTHING) if kept else None,
+        "erasing": sorted({step.subject.kind for step in flow.steps if verdicts[step] is K}),
+        "unknown": sorted({step.subject.kind for step in flow.steps if verdicts[step] is GRAY}),
     }
 
 
@@ -319,28 +423,26 @@ def build() -> RuleSet:
     """The strict rule set: the primitives, and composites by what they consist of."""
     rules = RuleSet("strict", opinion=False)
     rules.rules = {kind: list(cases) for kind, cases in primitives().rules.items()}
-    erasing, preserving = BY_NAME["composite with a maximum"], BY_NAME["composite of exponential and flip"]
-    for rule in (
-        Rule(
-            "composite",
-            K,
-            ALL,
-            "one of its operators erases",
-            "its operators' rules",
-            (erasing,),
-            "an operator erases",
-            lambda f: bool(composition(f)["erasing"]),
-        ),
-        Rule(
-            "composite",
-            S,
-            NOTHING,
-            "each of its operators preserves",
-            "its operators' rules",
-            (preserving,),
-            "all operators preserve",
-            lambda f: not any(composition(f).values()),
-        ),
-    ):
+
+    def add(verdict: Verdict, residue: Residue, witnesses: str, reason: str, condition: str,
+            when: Callable[[dict[str, Any]], bool]) -> None:  # fmt: skip
+        shown = tuple(BY_NAME[w] for w in witnesses.split("; "))
+        source = "its operators' rules"
+        rule = Rule("composite", verdict, residue, reason, source, shown, condition, lambda f: when(composition(f)))
         rules.register(rule, prove=False)
+
+    chain = "a chain of preserving operators leads from input to output"
+    add(S, NOTHING, "composite of exponential and flip; composite of all and half", chain, "undone",
+        lambda c: c["residue"] is NOTHING)  # fmt: skip
+    add(S, RNG, "composite of noise and flip", chain, "undone by drawing again",
+        lambda c: c["residue"] is RNG)  # fmt: skip
+    add(S, ROW, "composite of softmax and scale", chain, "undone with scalars per row", lambda c: c["residue"] is ROW)
+    add(
+        K,
+        ALL,
+        "composite with a maximum; composite that drops half",
+        "each way from input to output erases",
+        "no way through",
+        lambda c: c["lost"],
+    )
     return rules

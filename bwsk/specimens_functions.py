@@ -145,6 +145,40 @@ class _Whitening(nn.Module):
         return torch.flip(torch.exp(x), (-1,))
 
 
+class _Half(nn.Module):
+    """A composite of operators that each preserve, which gives out one half of what it has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(x.chunk(2, -1)[0])
+
+
+class _AllAndHalf(nn.Module):
+    """A composite with an operator that erases, beside a way that does not: (x, max(x, 0))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, torch.relu(x)], -1)
+
+
+class _Noise(nn.Module):
+    """A composite that keeps all but what was drawn."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + torch.randn_like(x)).flip(-1)
+
+
+def _undo_noise(m: Any, y: Tensor, state: Tensor) -> Tensor:
+    generator = torch.Generator()
+    generator.set_state(state)
+    return y.flip(-1) - torch.randn(y.shape, generator=generator, dtype=F64)
+
+
+class _SoftmaxScale(nn.Module):
+    """A composite that keeps all but a scalar per row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.flip(torch.softmax(x, -1), (0,)) * 2
+
+
 def _rnn(weight: Tensor) -> Callable[[Generator], nn.Module]:
     def make(g: Generator) -> nn.Module:
         cell = from_module(lambda: nn.RNNCell(2, 2))(g)
@@ -198,6 +232,25 @@ MIXING = (
         lambda f, g: (torch.tensor([[1.0, 3]], dtype=F64), torch.tensor([[2.0, 2]], dtype=F64)),
     ),
     preserves(
+        "running mean of 3, length 4",
+        lambda: nn.AvgPool1d(3, 1, 1),
+        (2, 1, 4),
+        lambda f, y, _: torch.linalg.solve(f(torch.eye(4, dtype=F64)[:, None])[:, 0].T, y.mT).mT,
+    ),
+    erases(
+        "running mean of 3, length 5",
+        lambda: nn.AvgPool1d(3, 1, 1),
+        lambda f, g: (
+            torch.zeros(1, 1, 5, dtype=F64),
+            torch.tensor([[[1.0, -1, 0, 1, -1]]], dtype=F64),
+        ),
+    ),
+    erases(
+        "nearest downsampling",
+        lambda: nn.Upsample(scale_factor=0.5),
+        lambda f, g: (torch.tensor([[[1.0, 3]]], dtype=F64), torch.tensor([[[1.0, 4]]], dtype=F64)),
+    ),
+    preserves(
         "nearest upsampling", lambda: nn.Upsample(scale_factor=2), (1, 2, 4), lambda f, y, _: y[..., ::2], bound=0.0
     ),
     erases(
@@ -215,6 +268,28 @@ MIXING = (
         lambda f, g: (torch.tensor([[1.0, 3, 2]], dtype=F64), torch.tensor([[2.0, 3, 1]], dtype=F64)),
     ),
     preserves("composite of exponential and flip", _Whitening, (3, 8), lambda f, y, _: y.flip(-1).log(), bound=1e-9),
+    preserves("composite of all and half", _AllAndHalf, (3, 8), lambda f, y, _: y[:, :8], bound=0.0),
+    preserves(
+        "composite of noise and flip",
+        _Noise,
+        (3, 8),
+        _undo_noise,
+        keep=lambda f, x: torch.Generator().manual_seed(7).get_state(),  # as `run` starts it
+        residue=Residue.RNG,
+    ),
+    preserves(
+        "composite of softmax and scale",
+        _SoftmaxScale,
+        (3, 8),
+        lambda f, y, k: (y / 2).flip(0).log() + k,
+        keep=lambda f, x: x.logsumexp(-1, keepdim=True),
+        residue=Residue.ROW,
+    ),
+    erases(
+        "composite that drops half",
+        _Half,
+        lambda f, g: (torch.tensor([[1.0, 2]], dtype=F64), torch.tensor([[1.0, 3]], dtype=F64)),
+    ),
 )
 RECURRENT = (
     Specimen(

@@ -89,6 +89,31 @@ def _valid_border(m: Any, g: Generator) -> tuple[Tensor, Tensor]:
     return a, a + 2
 
 
+def _even() -> nn.Module:
+    """Sums two apart: y_i = u x_(i-1) + v x_(i+1)."""
+    return nn.Conv1d(1, 1, 2, padding=1, dilation=2)
+
+
+def _even_transposed() -> nn.Module:
+    return nn.ConvTranspose1d(1, 1, 2, padding=1, dilation=2)
+
+
+def _between(m: Any, g: Generator) -> tuple[Tensor, Tensor]:
+    """With equal taps, 1, 0, -1, 0, 1 is a null vector."""
+    m.weight.data.fill_(1.0)
+    m.bias.data.zero_()
+    a = torch.randint(-3, 4, (1, 1, 5), generator=g).to(F64)
+    return a, a + torch.tensor([1.0, 0, -1, 0, 1], dtype=F64)
+
+
+def _one_phase(m: Any, g: Generator) -> tuple[Tensor, Tensor]:
+    """Taps 0 and 2 at stride 2 write even positions only: two channels that enter alike cancel."""
+    m.weight.data = torch.tensor([[[1.0, 2.0]], [[1.0, 2.0]]], dtype=F64)
+    m.bias.data.zero_()
+    a = torch.randint(-3, 4, (1, 2, 4), generator=g).to(F64)
+    return a, a + torch.tensor([[1.0], [-1.0]], dtype=F64)
+
+
 LINEAR = (
     preserves("linear 4->4", lambda: nn.Linear(4, 4), (5, 4), _solve),
     preserves("linear 4->8", lambda: nn.Linear(4, 8), (5, 4), _solve),
@@ -139,6 +164,8 @@ CONVOLUTION = (
         "convolution 3x3 stride 2, same width", lambda: nn.Conv2d(4, 4, 3, stride=2, padding=1), _cancelling_channels
     ),
     erases("convolution without padding", lambda: nn.Conv1d(1, 1, 2), _valid_border),
+    preserves("convolution with an even dilated kernel, length 4", _even, (2, 1, 4), _deconvolve(1, 4), bound=1e-6),
+    erases("convolution with an even dilated kernel, length 5", _even, _between),
     preserves(
         "transposed convolution 2x",
         lambda: nn.ConvTranspose2d(4, 2, 2, stride=2),
@@ -155,6 +182,15 @@ CONVOLUTION = (
             torch.tensor([2.0, 1, 3, 4], dtype=F64).reshape(1, 4, 1, 1),
         )[1:],
     ),
+    erases("transposed convolution 2->1 of one phase", lambda: nn.ConvTranspose1d(2, 1, 2, 2, dilation=2), _one_phase),
+    preserves(
+        "transposed convolution with an even dilated kernel, length 4",
+        _even_transposed,
+        (2, 1, 4),
+        _deconvolve(1, 4),
+        bound=1e-6,
+    ),
+    erases("transposed convolution with an even dilated kernel, length 5", _even_transposed, _between),
 )
 
 

@@ -52,6 +52,11 @@ def _noise() -> list[Specimen]:
     state = torch.Generator().manual_seed(7).get_state()
 
     # The "input" of a draw is its generator's state: kept, it gives the same output again.
+    def draw(kept: Tensor) -> Tensor:
+        again = torch.Generator()
+        again.set_state(kept)
+        return torch.randn(3, 8, generator=again, dtype=F64)
+
     def replay(f: Any, y: Tensor, kept: Tensor) -> Tensor:
         again = torch.Generator()
         again.set_state(kept)
@@ -66,6 +71,15 @@ def _noise() -> list[Specimen]:
             keep=lambda f, x: state,
             invert=replay,
             residue=Residue.RNG,
+        ),
+        Specimen(
+            "plus noise, replayed",
+            lambda g: Operator(aten.add.Tensor, draw(state), noise=True),
+            sample=normal(3, 8),
+            keep=lambda f, x: state,
+            invert=lambda f, y, kept: y - draw(kept),
+            residue=Residue.RNG,
+            bound=1e-12,
         ),
     ]
 
@@ -107,6 +121,12 @@ def _row_residue() -> list[Specimen]:
     ]
 
 
+def _period_apart(f: Any, g: Generator) -> tuple[Tensor, Tensor]:
+    a = torch.linspace(-1.5, 1.5, 4001, dtype=F64)
+    same = f(a) == f(a + torch.pi)  # rounding spares some
+    return a[same], a[same] + torch.pi
+
+
 def _unsort(y: tuple[Tensor, Tensor]) -> Tensor:
     return torch.empty_like(y[0]).scatter_(-1, y[1], y[0])
 
@@ -125,6 +145,7 @@ OPERATORS: tuple[Specimen, ...] = (
     _back("split", Operator(aten.split.Tensor, 4, -1), lambda y: torch.cat(y, -1)),
     _back("zero padding", Operator(aten.constant_pad_nd.default, [1, 2]), lambda y: y[:, 1:-2]),
     _back("slice of everything", Operator(aten.slice.Tensor, 1, 0, 8), lambda y: y),
+    _back("windows of all", Operator(aten.unfold.default, 1, 4, 4), lambda y: y.flatten(1)),
     _back("cast to the same type", Operator(aten._to_copy.default, dtype=F64), lambda y: y),
     # functions of single elements
     _back("exp", Operator(aten.exp.default), lambda y: y.log(), bound=1e-12),
@@ -138,6 +159,39 @@ OPERATORS: tuple[Specimen, ...] = (
     _same("clamp", Operator(aten.clamp.default, 0.0, 1.0), [2.0], [3.0]),
     _same("cosine", Operator(aten.cos.default), [1.0], [-1.0]),
     _same("times zero", Operator(aten.mul.Tensor, 0.0), [2.0], [3.0]),
+    _back("clamp at infinity", Operator(aten.clamp.default, -torch.inf), lambda y: y),
+    Specimen("tangent", lambda g: Operator(aten.tan.default), pair=_period_apart, residue=Residue.EVERYTHING),
+    _same("leaky relu, negative slope", Operator(aten.leaky_relu.default, -0.5), [2.0], [-4.0]),
+    Specimen(
+        "softplus, low threshold",
+        lambda g: Operator(aten.softplus.default, 1.0, 0.0),
+        pair=lambda f, g: (torch.zeros(1, dtype=F64), f(torch.zeros(1, dtype=F64))),  # above 0 it is the identity
+        residue=Residue.EVERYTHING,
+    ),
+    _same("division rounded down", Operator(aten.div.Tensor_mode, 2.0, rounding_mode="floor"), [2.0], [3.0]),
+    _same("softmax of 1 element", Operator(aten._softmax.default, -1, False), [[1.0]], [[2.0]]),
+    _same("softmax of 2 elements", Operator(aten._softmax.default, -1, False), [[1.0, 2.0]], [[3.0, 4.0]]),
+    Specimen(
+        "group norm operator, groups of 8",
+        lambda g: Operator(aten.native_group_norm.default, None, None, 3, 8, 1, 1, 1e-5, pick=0),
+        sample=normal(3, 8),
+        keep=lambda f, x: (x.mean(-1, keepdim=True), (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()),
+        invert=lambda f, y, k: y * k[1] + k[0],
+        residue=Residue.ROW,
+        bound=1e-9,
+    ),
+    _same(
+        "group norm operator, groups of 1",
+        Operator(aten.native_group_norm.default, None, None, 1, 2, 1, 2, 1e-5, pick=0),
+        [[1.0, 2.0]],
+        [[3.0, 4.0]],
+    ),
+    _same(
+        "batch norm operator, 2 samples",
+        Operator(aten.native_batch_norm.default, None, None, None, None, True, 0.1, 0.0, pick=0),
+        [[1.0], [3.0]],
+        [[2.0], [6.0]],
+    ),
     _same("maximum with a constant", Operator(aten.maximum.default, torch.tensor([1.0], dtype=F64)), [0.5], [-0.5]),
     # combined with what is known
     _back("plus a constant", Operator(aten.add.Tensor, 0.75), lambda y: y - 0.75, bound=1e-12),

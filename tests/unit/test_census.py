@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    BartConfig,
     BertConfig,
     ConvNextConfig,
     GPT2Config,
@@ -204,6 +205,113 @@ class Opaque(nn.Module):
 )
 def test_kind(module, kind):
     assert identify(module).kind == kind
+
+
+class Of(nn.Module):
+    """A leaf that computes a given function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def _written(x):
+    buffer = torch.zeros_like(x)
+    buffer[...] = x
+    return buffer.flip(-1).abs()
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "verdict"),
+    [
+        # rows that look normalised, and are not
+        (Of(lambda x: x.argsort(-1).argsort(-1).double()), "composite", "K"),
+        (Of(lambda x: (x > x.mean(-1, keepdim=True)).double()), "composite", "K"),
+        (Of(lambda x: F.normalize(x.abs(), dim=-1)), "composite", "K"),
+        (Of(lambda x: F.normalize(x.relu(), dim=-1)), "composite", "K"),
+        (Of(lambda x: F.normalize(x, dim=-1)), "rms_norm", "S"),
+        (Of(lambda x: F.one_hot(x.argmax(-1), x.shape[-1]).double()), "routing", "K"),
+        (nn.Softmin(-1), "softmax", "S"),
+        (nn.Softmax2d(), "softmax", "S"),
+        # each operator preserves, and a part is left out
+        (Of(lambda x: x.chunk(2, -1)[0].exp()), "composite", "K"),
+        (Of(lambda x: x.sort(-1).values), "composite", "K"),
+        (Of(lambda x: x.sort(-1)), "composite", "S"),
+        # an operator erases, and there is a way around it
+        (Of(lambda x: torch.cat([x, x.relu()], -1)), "composite", "S"),
+        (Of(lambda x: x - x.mean(-1, keepdim=True)), "composite", "S"),
+        (Of(lambda x: x.mean(-1, keepdim=True).expand_as(x)), "composite", "K"),
+        (Of(_written), "composite", "K"),
+        (Of(lambda x: (x + torch.randn_like(x)).flip(0)), "composite", "S"),
+        # looks like something else between -8 and 8
+        (nn.Hardtanh(-10, 10), "erasing_elementwise", "K"),
+        (Of(lambda x: F.leaky_relu(x, 0.1).clamp(-50, 50)), "erasing_elementwise", "K"),
+        (nn.LeakyReLU(-1.0), "erasing_elementwise", "K"),
+        (nn.Softplus(1, 1), "erasing_elementwise", "K"),
+        (nn.Tanhshrink(), "injective_elementwise", "S"),
+        (nn.RReLU(), "composite", "GRAY"),  # random, and no dropout
+        # shapes
+        (nn.ZeroPad2d((0, 0, 1, -1)), "composite", "K"),
+        (nn.ZeroPad2d((-1, 2, 0, 0)), "composite", "K"),
+        (nn.ZeroPad2d((1, 2, 0, 0)), "composite", "S"),
+        (nn.Upsample(scale_factor=0.5), "upsample", "K"),
+        (nn.Upsample(scale_factor=1.1), "upsample", "GRAY"),
+        (nn.Upsample(size=4), "upsample", "GRAY"),
+        (nn.Upsample(scale_factor=2), "upsample", "S"),
+        (nn.AvgPool2d(1), "identity", "S"),
+        (nn.MaxPool2d(1, 2), "pooling", "K"),
+        (nn.AvgPool2d(3, 1, 1), "pooling", "GRAY"),
+        (nn.Conv1d(1, 512, 10, stride=5), "convolution", "S"),
+        (nn.Conv1d(1, 2, 2, stride=2, padding=1, dilation=2), "convolution", "K"),
+        (nn.Conv1d(1, 1, 2, padding=1, dilation=2), "convolution", "GRAY"),
+        (nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1), "transposed_convolution", "S"),
+    ],
+)
+def test_strict_verdict_of_a_leaf(module, kind, verdict):
+    (row,) = classify(module, "strict").rows
+    assert (row.kind, row.verdict) == (kind, verdict)
+
+
+def test_what_was_found_for_one_leaf_does_not_pass_to_another_with_other_functions():
+    kinds = [row.kind for row in classify(nn.Sequential(Of(F.relu), Of(torch.exp), Of(F.relu))).rows]
+    assert kinds == ["relu", "injective_elementwise", "relu"]
+
+
+def test_a_parametrised_layer_is_one_leaf():
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3, padding=1))
+    (row,) = classify(nn.Sequential(layer), "strict").rows
+    assert (row.name, row.kind, row.verdict, row.parameters) == ("0", "convolution", "S", 4 * 4 * 3 + 4 + 4)
+
+
+def test_a_layer_without_shapes_is_refused():
+    with pytest.raises(BwskError, match=r"0\.weight has no shape yet"):
+        classify(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_tables_with_a_forward_of_their_own_are_told_at_any_size():
+    tiny = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}  # fmt: skip
+    for config in (BartConfig(**tiny), BartConfig(**tiny | {"d_model": 256}, scale_embedding=True)):  # 13 M numbers
+        census = classify(config)
+        assert census.gray == 0
+        kinds = {(row.cls, row.kind) for row in census.rows}
+        assert {("BartScaledWordEmbedding", "embedding"), ("BartLearnedPositionalEmbedding", "position")} <= kinds
+
+
+class Wide(nn.Linear):
+    """A linear layer with a forward of its own and more numbers than are probed."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight) + self.bias
+
+
+def test_a_layer_too_large_to_run_is_told_by_its_operators():
+    with torch.device("meta"):
+        layers = nn.Sequential(Wide(4096, 8192), Wide(8192, 4096))
+    assert [(row.kind, row.verdict) for row in classify(layers, "strict").rows] == [("linear", "S"), ("linear", "K")]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -177,6 +177,45 @@ def test_an_unknown_operator_is_gray_and_listed_by_name():
     assert result.gray == 1
 
 
+class _Slices(_Fed):
+    """Fills a buffer slice by slice, as sliding windows do, then goes on with the buffer."""
+
+    def forward(self, x):
+        y = self.layer(x)
+        buffer = torch.zeros_like(y)
+        buffer[:, :4] = y[:, 4:]
+        buffer[:, 4:] = y[:, :4]
+        return buffer.relu().sum()
+
+
+def test_what_is_written_through_a_view_is_followed():
+    result = trace(_Slices(nn.Linear(8, 8)), inputs={"x": torch.zeros(2, 8)})
+    by_index = {op.index: op for op in result.data}
+    (relu,) = (op for op in result.data if op.kind == "relu")
+    seen, waiting = set(), [relu.index]
+    while waiting:
+        at = waiting.pop()
+        if at in by_index and at not in seen:
+            seen.add(at)
+            waiting += [source for source, _ in by_index[at].inputs]
+    copies = {op.index for op in result.data if op.operator == "aten::copy_"}
+    assert len(copies) == 2
+    assert copies <= seen
+    assert any(by_index[index].kind == "linear" for index in seen)
+
+
+class _Overwritten(_Fed):
+    def forward(self, x):
+        y = self.layer(x)
+        y[:, :4] = self.layer.bias[:4]
+        return y
+
+
+def test_writing_over_an_activation_erases():
+    result = trace(_Overwritten(nn.Linear(8, 8)), inputs={"x": torch.zeros(2, 8)})
+    assert [op.verdict for op in result.data if op.operator == "aten::copy_"] == ["K"]
+
+
 def test_to_dict_is_strict_json(t5):
     value = json.loads(json.dumps(t5.to_dict(), allow_nan=False))
     assert value["s"] + value["k"] + value["gray"] == value["total"]

@@ -9,11 +9,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
+from bwsk.convolution import convolution, transposed_convolution
 from bwsk.errors import BwskError
-from bwsk.operators import Operator
+from bwsk.kinds import identify
+from bwsk.operators import Operator, dispatched
 from bwsk.rules import KINDS, Rule, RuleSet
-from bwsk.ruleset_strict import BY_NAME, SPECIMENS, keeps_dimensions, keeps_positions
+from bwsk.ruleset_strict import BY_NAME, SPECIMENS, keeps_dimensions
 from bwsk.rulesets import rule_set
 from bwsk.witness import Residue, Specimen, Verdict, WitnessError
 
@@ -163,23 +166,141 @@ def test_linear_condition_agrees_with_the_rank_of_random_matrices(into, out, see
     assert keeps_dimensions({"in": into, "out": out}) == injective
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3))
-@example(into=1, out=3, kernel=3, stride=3, padding=1)  # the last position is in no window
-def test_convolution_condition_agrees_with_the_rank_of_its_matrix(into, out, kernel, stride, padding):
-    """On lengths that the stride divides; the condition may be careful, but S must always be injective."""
-    length = 6
-    if 2 * padding + length < kernel:
-        return
-    layer = nn.Conv1d(into, out, kernel, stride=stride, padding=padding, bias=False).double()
-    nn.init.normal_(layer.weight)
+_AXES = [
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(0, 3),
+    st.integers(1, 3),
+]  # kernel, stride, padding, dilation
+
+
+def _rank(layer, into, length):
+    """Rank of the layer's matrix, and whether it is injective."""
     with torch.no_grad():
         matrix = layer(torch.eye(into * length, dtype=torch.float64).reshape(-1, into, length)).flatten(1)
-    facts = {"in": into, "out": out, "kernel": (kernel,), "stride": (stride,), "padding": (2 * padding,)}
-    if keeps_positions(facts):
-        assert int(torch.linalg.matrix_rank(matrix)) == into * length
-    elif kernel < stride or out * matrix.shape[1] // out < into * length:
-        assert int(torch.linalg.matrix_rank(matrix)) < into * length
+    return int(torch.linalg.matrix_rank(matrix)) == into * length
+
+
+def _subject(layer):
+    nn.init.normal_(layer.weight)
+    return identify(layer.double())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 7), *_AXES)
+@example(1, 3, 3, 3, 1, 1)  # the last position is in no window
+@example(1, 2, 2, 2, 1, 2)  # a stride and a dilation of two: odd positions are never read
+@example(1, 1, 2, 1, 1, 2)  # two taps two apart: singular for odd lengths, and for no even one
+@example(1, 7, 4, 2, 0, 1)  # windows that tell all they see
+def test_convolution_verdicts_agree_with_the_rank_of_its_matrix(into, out, kernel, stride, padding, dilation):
+    """On inputs twice as long as the kernel reaches, or longer, that the stride divides."""
+    layer = nn.Conv1d(into, out, kernel, stride, padding, dilation, bias=False)
+    subject = _subject(layer)
+    verdict = convolution(subject.facts)
+    extent = dilation * (kernel - 1) + 1
+    for length in range(stride, 9 * stride + 1, stride):
+        if length >= 2 * extent and verdict is Verdict.S:
+            assert _rank(layer, into, length)
+    if verdict is Verdict.K:
+        assert not _rank(layer, into, 60)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 7), *_AXES, st.integers(1, 9))
+def test_convolution_operators_know_the_length(into, out, kernel, stride, padding, dilation, length):
+    layer = nn.Conv1d(into, out, kernel, stride, padding, dilation, bias=False)
+    facts = {**_subject(layer).facts, "length": (length,)}
+    if length + 2 * padding >= dilation * (kernel - 1) + 1 and convolution(facts) is not Verdict.GRAY:
+        assert _rank(layer, into, length) == (convolution(facts) is Verdict.S)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4), *_AXES, st.integers(0, 1))
+@example(2, 1, 2, 2, 0, 2, 0)  # taps of one phase only
+@example(4, 2, 3, 2, 1, 1, 1)  # the upsampling of U-nets
+def test_transposed_convolution_verdicts_agree_with_the_rank(into, out, kernel, stride, padding, dilation, extra):
+    if extra >= max(stride, dilation):
+        return
+    layer = nn.ConvTranspose1d(into, out, kernel, stride, padding, extra, bias=False, dilation=dilation)
+    verdict = transposed_convolution(_subject(layer).facts)
+    for length in range(1, 7):
+        if (length - 1) * stride - 2 * padding + dilation * (kernel - 1) + extra >= 0 and verdict is Verdict.S:
+            assert _rank(layer, into, length)
+    if verdict is Verdict.K:
+        assert not _rank(layer, into, 40)
+
+
+def test_two_axes_are_both_asked():
+    assert convolution(identify(nn.Conv2d(1, 4, 2, stride=2)).facts) is Verdict.S
+    assert convolution(identify(nn.Conv2d(1, 4, (2, 1), stride=2)).facts) is Verdict.K
+    assert convolution(identify(nn.Conv2d(1, 3, 2, stride=2)).facts) is Verdict.K
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 9), st.floats(0.3, 4), st.sampled_from(["nearest", "nearest-exact"]))
+def test_upsampling_verdicts_agree_with_what_is_read(length, factor, mode):
+    x = torch.arange(length, dtype=torch.float64).reshape(1, 1, -1)
+    if int(length * factor) < 1:
+        return
+    everything = len(F.interpolate(x, scale_factor=factor, mode=mode).unique()) == length
+    module = rule_set("strict").decide(identify(nn.Upsample(scale_factor=factor, mode=mode)))
+    if module and module.verdict is Verdict.S:
+        assert everything
+    steps = dispatched(lambda x: F.interpolate(x, scale_factor=factor, mode=mode), x).steps
+    assert rule_set("strict").decide(steps[-1].subject).verdict == ("S" if everything else "K")
+
+
+# Single operators with every kind of number, on every kind of size: what the strict rules call S must be injective.
+_NUMBERS = st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, float("inf")])
+_CALLS = {
+    "leaky_relu": (_NUMBERS,),
+    "elu": (_NUMBERS,),
+    "celu": (st.sampled_from([-1.0, 0.5, 1.0]),),
+    "softplus": (st.sampled_from([0.5, 1.0]), st.sampled_from([0.0, 1.0, 20.0])),
+    "clamp": (st.sampled_from([None, -torch.inf, -1.0]), st.sampled_from([torch.inf, 1.0])),
+    "hardtanh": (_NUMBERS, _NUMBERS),
+    "pow": (_NUMBERS,),
+    "mul": (_NUMBERS,),
+    "add": (_NUMBERS,),
+    "tan": (),
+    "logical_not": (),
+    "atan": (),
+    "sinh": (),
+    "cumsum": (st.just(-1),),
+    "cumprod": (st.just(-1),),
+    "softmax": (st.just(-1),),
+    "flip": (st.just([-1]),),
+    "roll": (st.integers(-2, 2), st.just(-1)),
+    "sum": (st.just([-1]),),
+    "amax": (st.just([-1]),),
+    "var": (st.just([-1]),),
+    "linalg_vector_norm": (st.just(2), st.just([-1])),
+    "any": (st.just(-1),),
+    "constant_pad_nd": (st.lists(st.integers(-1, 2), min_size=2, max_size=2),),
+    "unfold": (st.just(-1), st.integers(1, 4), st.integers(1, 4)),
+    "narrow": (st.just(-1), st.just(0), st.integers(1, 2)),
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(sorted(_CALLS)), st.integers(1, 6), st.data())
+def test_no_two_inputs_meet_where_the_strict_rules_say_s(name, width, data):
+    """Grids of small numbers in a row, which take equal values often, and pairs of them; residues are let off."""
+    arguments = [data.draw(strategy) for strategy in _CALLS[name]]
+    packet = getattr(torch.ops.aten, name)
+    values = torch.tensor([-7.0, -4, -2, -1, -0.5, 0, 0.5, 1, 2, 4, torch.pi], dtype=torch.float64)
+    rows = values[torch.randint(len(values), (400, width), generator=torch.Generator().manual_seed(1))].unique(dim=0)
+    try:
+        step = dispatched(lambda x: packet(x, *arguments), rows).steps[-1]
+        out = packet(rows, *arguments)
+    except (RuntimeError, IndexError):
+        return  # no such call
+    rule = rule_set("strict").decide(step.subject, step.name)
+    if rule is None or rule.verdict is not Verdict.S or out.isnan().any():
+        return
+    assert rule.residue is Residue.NOTHING or width > 2
+    if rule.residue is Residue.NOTHING:
+        assert len(out.reshape(len(rows), -1).unique(dim=0)) == len(rows)
 
 
 # --- rules of one's own --------------------------------------------------------------------------------------------
