@@ -119,6 +119,8 @@ class RuleSet:
 
         With `prove=False` the witnesses themselves run when the rule is first used, or in `prove`.
         """
+        if not isinstance(rule.verdict, Verdict) or not isinstance(rule.residue, Residue):
+            raise BwskError(f"rule for {rule.kind!r}: {rule.verdict!r}, {rule.residue!r}: give a Verdict and a Residue")
         if rule.kind not in KINDS and not _operator_exists(rule.kind):
             raise BwskError(f"rule for {rule.kind!r}: no such kind or operator; kinds are {', '.join(KINDS)}")
         self._check(rule, self._fits)
@@ -137,6 +139,13 @@ class RuleSet:
             test(rule)
         except WitnessError as error:
             raise BwskError(f"rule {rule.name} = {rule.verdict} in {self.name!r}: {error}") from None
+        except BwskError:
+            raise
+        except Exception as error:  # evidence is code of whoever wrote the rule
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise BwskError(
+                f"rule {rule.name} = {rule.verdict} in {self.name!r}: its evidence fails: {text}"
+            ) from error
 
     def _fits(self, rule: Rule) -> None:
         """The witnesses are of the type that the verdict needs, with its residue."""
@@ -162,18 +171,30 @@ class RuleSet:
                 subject = subject_of(witness)
                 if rule.kind not in (subject.kind, subject.how):
                     raise WitnessError(f"{witness.name} is a specimen of {subject.kind}, by {subject.how}")
-                if not rule.when(subject.facts):
+                if not self._applies(rule, subject.facts):
                     raise WitnessError(f"{witness.name} lies outside of the condition '{rule.condition}'")
                 witness.check()
-        except WitnessError:
+        except BaseException:
             self._proven.discard(id(rule))
             raise
+
+    def _applies(self, rule: Rule, facts: Facts) -> bool:
+        try:
+            return bool(rule.when(facts))
+        except BwskError:
+            raise
+        except Exception as error:
+            known = ", ".join(facts) or "none"
+            text = f"{type(error).__name__}: {error}"
+            raise BwskError(
+                f"rule {rule.name} in {self.name!r}: its condition fails: {text}; facts are {known}"
+            ) from error
 
     def decide(self, subject: Subject, operator: str | None = None) -> Rule | None:
         """The rule that applies, or None. A rule for the operator itself goes before one for its kind."""
         for key in (operator, subject.kind):
             for rule in self.rules.get(key, ()) if key else ():
-                if rule.when(subject.facts):
+                if self._applies(rule, subject.facts):
                     if id(rule) not in self._proven:
                         self._check(rule, self._prove)
                     return rule

@@ -2,8 +2,9 @@
 
 A *specimen* is one concrete operation (a small real module, or one operator call) with evidence that a machine checks:
 
-- **inverse** (evidence for S): `invert(f, f(x), r) = x`, bit-exactly or within a stated bound, where the residue
-  `r = keep(f, x)` has no more than the declared size. Parameters of `f` are known; only `x` is to be got back.
+- **inverse** (evidence for S): `invert(f, f(x), r) = x`, bit-exactly or within a stated bound of 1 % at most, where the
+  residue `r = keep(f, x)` has no more than the declared size and the state of a generator is the same whatever `x` is.
+  Parameters of `f` are known; only `x` is to be got back, which is drawn and no constant.
 - **collision** (evidence for K): inputs `a != b` with `f(a) = f(b)`, bit for bit. The two must differ by at least
   0.1 somewhere and stay below 32 in size, in double precision, so that erasure is told from mere rounding.
   A specimen marked `saturates` shows a collision that float32 alone makes (a tanh at its plateau).
@@ -88,10 +89,14 @@ class Specimen:
 
     def _check_collision(self, operation: Any, a: Any, b: Any) -> None:
         a, b = _tensors(a), _tensors(b)
+        if [x.shape for x in a] != [x.shape for x in b]:
+            raise WitnessError(f"{self.name}: its two inputs have different shapes")
+        if any(x.is_complex() or x.numel() == 0 for x in a + b):
+            raise WitnessError(f"{self.name}: its inputs are complex or empty; give real numbers")
         gap = max(float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True))
         size = max(float(x.double().abs().max()) for x in a + b)
         if not self.saturates:
-            if gap < 0.1 or size > 32:
+            if not (gap >= 0.1 and size <= 32):  # which not-a-number is not either
                 raise WitnessError(f"{self.name}: inputs {gap:g} apart and up to {size:g} in size prove rounding only")
             if any(x.is_floating_point() and x.dtype != torch.float64 for x in a + b):
                 raise WitnessError(f"{self.name}: collides in less than double precision")
@@ -105,8 +110,16 @@ class Specimen:
         if self.invert is None or self.sample is None:
             raise WitnessError(f"{self.name}: no inverse given")
         x = _tensors(self.sample(generator))
+        other = _tensors(self.sample(generator))
         kept = None if self.keep is None else self.keep(operation, *x)
         _check_size(self.name, self.residue, kept, x)
+        if not self.bound <= 0.01:
+            raise WitnessError(f"{self.name}: a bound of {self.bound:g} proves nothing; 0.01 at most")
+        if self.residue is Residue.RNG:
+            if not all(map(torch.equal, _tensors(kept), _tensors(self.keep(operation, *other)))):
+                raise WitnessError(f"{self.name}: its RNG state depends on the input")
+        elif x and all(map(torch.equal, x, other)):
+            raise WitnessError(f"{self.name}: its sample is always the same, so that an inverse may know it by heart")
         y = run(operation, *x)
         back = _tensors(self.invert(operation, y[0] if len(y) == 1 else y, kept))
         for t, u in zip(x, back, strict=True):

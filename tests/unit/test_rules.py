@@ -133,6 +133,25 @@ def _specimen(**changes):
         (_specimen(pair=lambda f, g: (torch.ones(1).double(), torch.ones(1).double())), "rounding only"),
         (_specimen(pair=lambda f, g: (torch.tensor([90.0]).double(), torch.tensor([91.0]).double())), "rounding only"),
         (_specimen(pair=lambda f, g: (torch.tensor([20.0]), torch.tensor([21.0]))), "double precision"),
+        (
+            _specimen(
+                make=lambda g: nn.Flatten(0),
+                pair=lambda f, g: (torch.tensor([[1.0], [2.0]]).double(), torch.tensor([[1.0, 2.0]]).double()),
+            ),
+            "different shapes",
+        ),
+        (_specimen(pair=lambda f, g: (torch.ones(1).double(), torch.full((1,), torch.nan).double())), "rounding only"),
+        (_specimen(pair=lambda f, g: (torch.ones(0).double(), torch.ones(0).double())), "empty"),
+        (_specimen(invert=lambda f, y, k: torch.zeros_like(y), bound=1.0), "proves nothing"),
+        (
+            _specimen(
+                keep=lambda f, x: x.view(torch.uint8),
+                invert=lambda f, y, k: k.view(torch.float64),
+                residue=Residue.RNG,
+            ),
+            "depends on the input",
+        ),
+        (_specimen(sample=lambda g: torch.ones(4, 9).double(), invert=lambda f, y, k: y / y), "by heart"),
     ],
 )
 def test_false_evidence_fails(specimen, what):
@@ -330,6 +349,25 @@ def test_a_rule_for_what_does_not_exist_is_one_line(kind):
 def test_an_operator_rule_needs_a_witness_of_that_operator():
     with pytest.raises(BwskError, match="specimen of"):
         _copy(rule_set("strict")).register(Rule("aten::log", Verdict.S, Residue.NOTHING, "x", "own", (BY_NAME["exp"],)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"verdict": "S"}, "give a Verdict and a Residue"),
+        ({"residue": "nothing"}, "give a Verdict and a Residue"),
+        ({"when": lambda facts: facts["no such fact"]}, "its condition fails: KeyError.*facts are in, out"),
+        ({"witnesses": (replace(BY_NAME["linear 4->4"], make=lambda g: 1 / 0),)}, "evidence fails: ZeroDivisionError"),
+        ({"witnesses": (replace(BY_NAME["linear 4->4"], invert=lambda: 0),)}, "evidence fails: TypeError"),
+    ],
+)
+def test_a_rule_that_is_badly_written_is_one_line(changes, what):
+    rule = next(r for r in STRICT if r.kind == "linear" and r.verdict is Verdict.S)
+    rules = RuleSet("own", opinion=False)
+    with pytest.raises(BwskError, match=what) as caught:
+        rules.register(replace(rule, **changes))
+    assert "\n" not in str(caught.value)
+    assert list(rules) == []
 
 
 def test_unknown_rule_set():
