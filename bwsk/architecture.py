@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # a BERT its masked language model, a GPT-2 its causal one. These are the classes that the publication counted.
 _HEADS = (
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
@@ -42,6 +44,8 @@ def load_config(source: Any, revision: str | None = None) -> PreTrainedConfig:
 
     if isinstance(source, PreTrainedConfig):
         return source
+    if not isinstance(source, (str, PathLike)):
+        raise BwskError(f"{type(source).__name__}: not a model; give a module, a config, a Hub id or a path")
     text = str(source)
     path = Path(text)
     if path.is_dir():
@@ -143,7 +147,7 @@ def model_class(config: PreTrainedConfig) -> type[nn.Module]:
         raise BwskError(f"{config.model_type}: the installed transformers has no class {name!r}; update it or check it")
     heads = list(_HEADS)
     if getattr(config, "is_decoder", False):
-        heads[1], heads[2] = heads[2], heads[1]
+        heads[2], heads[3] = heads[3], heads[2]
     for head in heads:
         name = getattr(modeling_auto, head, {}).get(config.model_type)
         if isinstance(name, (list, tuple)):

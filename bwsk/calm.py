@@ -229,6 +229,8 @@ def partition(trace: Trace, devices: int, calm: Calm | None = None) -> Partition
     """
     calm = calm or analyse(trace)
     count = max(calm.levels.values(), default=-1) + 1
+    if not count:
+        raise BwskError(f"{trace.model}: runs no operation on its input; there is nothing to cut")
     if not 1 <= devices <= count:
         raise BwskError(f"{devices} devices: the graph has {count} levels between barriers; give 1 to {count}")
     load, number = [0] * count, [0] * count

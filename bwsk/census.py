@@ -111,7 +111,7 @@ def classify(
     for path, module in leaves(model):
         subject = identify(module, cache)
         if ranks:
-            subject = _with_rank(subject, module)
+            subject = _with_rank(path, subject, module)
         rows.append(_row(path, module, subject, chosen.decide(subject)))
         covered.update(id(p) for p in module.parameters())
     outside = tuple(n for n, p in model.named_parameters() if id(p) not in covered)
@@ -123,6 +123,8 @@ def _model(source: Any, revision: str | None, training: bool | None) -> tuple[nn
         if training not in (None, source.training):
             mode = "training" if source.training else "eval"
             raise BwskError(f"{type(source).__name__}: is in {mode} mode; call .train() or .eval() on it first")
+        if any(isinstance(module, torch.jit.ScriptModule) for module in source.modules()):
+            raise BwskError(f"{type(source).__name__}: holds compiled TorchScript; give the Python module")
         lazy = [name for name, p in source.named_parameters() if is_lazy(p)]
         if lazy:
             raise BwskError(f"{type(source).__name__}: {lazy[0]} has no shape yet; run the model on a batch first")
@@ -144,9 +146,13 @@ def _row(path: str, module: nn.Module, subject: Subject, rule: Rule | None) -> R
     return Row(*head, str(rule.verdict), rule.condition, str(rule.residue), rule.reason, rule.source, *tail, size)
 
 
-def _with_rank(subject: Subject, module: nn.Module) -> Subject:
+def _with_rank(name: str, subject: Subject, module: nn.Module) -> Subject:
     weight = getattr(module, "weight", None)
     if subject.kind != "linear" or weight is None or weight.is_meta or weight.dim() != 2:
         return subject
+    if not bool(weight.isfinite().all()):
+        raise BwskError(
+            f"{name or type(module).__name__}: its weight holds numbers that are not finite, so it has no rank"
+        )
     rank = int(torch.linalg.matrix_rank(weight.detach().double()))
     return Subject(subject.kind, {**subject.facts, "rank": rank}, subject.how)

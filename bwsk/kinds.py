@@ -16,6 +16,7 @@ leaves the module and the global random state untouched, and is done once per cl
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -209,6 +210,7 @@ class _Probe:
 def _by_probe(module: nn.Module) -> Subject:
     # The grid of numbers is fixed; what is drawn comes from a private copy of the generator.
     with torch.no_grad(), fixed_draws():
+        module = _detached(module)
         shapes = _Probe(module, meta=True)
         small = _Probe(module) if shapes.elements <= _PROBE_ELEMENTS else None
         tests = [(_elementwise, small), (_rotary, small), (_row_function, small), (_table, shapes)]
@@ -217,6 +219,15 @@ def _by_probe(module: nn.Module) -> Subject:
             if found:
                 return found
         return Subject("unknown", {"class": type(module).__name__}, "none")
+
+
+def _detached(module: nn.Module) -> nn.Module:
+    """A copy without hooks, with the same parameters: a forward may count its calls, or keep a mask of the probe's."""
+    twin = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, (dict, list, set)):
+            vars(twin)[name] = type(value)() if name.endswith("_hooks") else copy.copy(value)
+    return twin
 
 
 def _attempt(test: Callable[[_Probe], Subject | None], probe: _Probe) -> Subject | None:

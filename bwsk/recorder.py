@@ -63,7 +63,7 @@ class CudaDropout(TorchFunctionMode):
             bound = inspect.signature(F.dropout).bind(*args, **kwargs)
             bound.apply_defaults()
             p, training, inplace = (bound.arguments[n] for n in ("p", "training", "inplace"))
-            if training and 0 < p < 1 and not inplace:
+            if training and 0 < p <= 1 and not inplace:
                 return torch.native_dropout(bound.arguments["input"], p, True)[0]
         return func(*args, **kwargs)
 

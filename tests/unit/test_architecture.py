@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, T5Config
+from transformers import BertConfig, GPT2Config, T5Config, WhisperConfig
 
 from bwsk.architecture import build, load, load_config, model_class
 from bwsk.errors import BwskError
@@ -41,6 +41,7 @@ def test_a_built_model_has_shapes_and_no_storage():
     [
         (T5Config(), "T5ForConditionalGeneration"),
         (BertConfig(), "BertForMaskedLM"),
+        (WhisperConfig(), "WhisperForConditionalGeneration"),  # not its decoder alone
         (BertConfig(is_decoder=True), "BertLMHeadModel"),
         (GPT2Config(), "GPT2LMHeadModel"),
         (BertConfig(architectures=["BertForSequenceClassification"]), "BertForSequenceClassification"),

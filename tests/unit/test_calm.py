@@ -7,6 +7,8 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 from transformers import T5Config
 
 from bwsk.calm import analyse, partition
@@ -112,6 +114,11 @@ def test_partition_is_optimal_by_enumeration(devices):
 def test_too_many_or_no_devices(devices):
     with pytest.raises(BwskError, match="3 levels"):
         partition(DIAMOND, devices)
+
+
+def test_nothing_to_cut():
+    with pytest.raises(BwskError, match="nothing to cut"):
+        partition(trace(nn.Identity(), inputs={"input": torch.ones(2)}), 1)
 
 
 @pytest.fixture(scope="module")

@@ -327,6 +327,56 @@ def test_probing_changes_nothing(device):
     assert torch.equal(before, torch.get_rng_state())
 
 
+class Counting(nn.Module):
+    """Counts its calls and keeps a mask of the last input's shape, as attention layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.mask = [], None
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls.append(x.shape)
+        self.mask = torch.ones_like(x)
+        self.register_buffer("last", x)
+        self.seen += 1
+        return 2 * x.exp()
+
+
+def test_probing_leaves_no_trace_in_the_module():
+    module, called = Counting(), []
+    module.register_forward_hook(lambda *_: called.append(1))
+    assert identify(module).kind == "injective_elementwise"
+    assert (module.calls, module.mask, called, list(dict(module.named_buffers()))) == ([], None, [], ["seen"])
+    assert module.seen == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        (42, "int: not a model"),
+        (None, "NoneType: not a model"),
+        pytest.param(
+            nn.Sequential(nn.GELU()),
+            "TorchScript",
+            marks=pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+        ),
+    ],
+)
+def test_what_is_no_model_is_one_line(source, what):
+    if what == "TorchScript":
+        source = torch.jit.script(source)
+    with pytest.raises(BwskError, match=what):
+        classify(source)
+
+
+def test_a_weight_that_is_not_finite_has_no_rank():
+    layer = nn.Linear(4, 4)
+    layer.weight.data[0, 0] = torch.nan
+    with pytest.raises(BwskError, match="0: its weight is not finite"):
+        classify(nn.Sequential(layer), "strict", ranks=True)
+
+
 def test_unknown_modules_are_gray_and_named():
     census = classify(nn.Sequential(nn.Linear(2, 2), Opaque()))
     assert _counts(census) == (1, 0, 1)

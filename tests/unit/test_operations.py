@@ -156,6 +156,10 @@ def test_dropout_disappears_in_eval():
     assert not any(op.kind == "dropout" for op in trace(TINY_T5, training=False, **SMALL).data)
 
 
+def test_dropout_of_everything_erases():
+    assert [op.verdict for op in trace(nn.Dropout(1.0), inputs={"input": torch.ones(2, 3)}).data] == ["K"]
+
+
 def test_published_rules_decide_where_they_speak(t5):
     published = trace(TINY_T5, attn_implementation="eager", rules="published", **SMALL)
     by_strict = {op.index: op for op in t5.data}
