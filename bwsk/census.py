@@ -151,8 +151,6 @@ def _with_rank(name: str, subject: Subject, module: nn.Module) -> Subject:
     if subject.kind != "linear" or weight is None or weight.is_meta or weight.dim() != 2:
         return subject
     if not bool(weight.isfinite().all()):
-        raise BwskError(
-            f"{name or type(module).__name__}: its weight holds numbers that are not finite, so it has no rank"
-        )
+        raise BwskError(f"{name or type(module).__name__}: its weight is not finite, so it has no rank")
     rank = int(torch.linalg.matrix_rank(weight.detach().double()))
     return Subject(subject.kind, {**subject.facts, "rank": rank}, subject.how)
