@@ -59,8 +59,12 @@ class ErasureMeter:
         """Finds the measurable leaves by what they compute; the model may be on any real device."""
         self.model = getattr(model, "_orig_mod", model)  # compiled code runs no hooks: take the module inside
         cache: dict[Any, Any] = {}
-        kinds = [(module, identify(module, cache).kind) for _, module in leaves(self.model)]
-        self._leaves = [(module, kind) for module, kind in kinds if kind in _MEASURED]
+        found = [(module, identify(module, cache)) for _, module in leaves(self.model)]
+        self._leaves = [
+            (module, subject.kind)
+            for module, subject in found
+            if subject.kind in _MEASURED and (subject.facts.get("last", True) and not subject.facts.get("log"))
+        ]
         self._tallies: dict[str, _Tally] = {}
         self._inside = 0  # > 0 while a measured leaf runs: its own calls are not counted again
 
@@ -104,11 +108,12 @@ class ErasureMeter:
                 return
             if kind == "dropout" and module.training:
                 self.dropout(elements, seen, out)
-            elif kind == "softmax":
+            elif kind == "softmax" and getattr(module, "dim", -1) in (-1, out.dim() - 1, None):
                 self.attention(out, seen)
             elif kind == "pooling":
                 tally = self._tally("pooling", elements, out)
-                tally.kept.append(torch.tensor(float(out.numel() * _bits(out)), device=out.device))
+                kept = min(out.numel(), elements)  # an adaptive one may give out more than it takes
+                tally.kept.append(torch.tensor(float(kept * _bits(out)), device=out.device))
 
         return hook
 

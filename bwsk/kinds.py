@@ -345,11 +345,11 @@ def _softmax(probe: _Probe, x: Tensor) -> Subject | None:
     """Or its logarithm, at any temperature, along any axis."""
     y = probe(x.clone()).double()
     for axis in range(x.dim()):
-        for log in (y.log(), y):
+        for log, logarithm in ((y.log(), False), (y, True)):
             if torch.allclose(log.exp().sum(axis), torch.ones((), dtype=y.dtype)):
                 slopes = (log.diff(dim=axis) / x.diff(dim=axis)).flatten()
                 if slopes.numel() and slopes[0] != 0 and torch.allclose(slopes, slopes[0].expand_as(slopes)):
-                    return Subject("softmax", {}, "behaviour")
+                    return Subject("softmax", {"log": logarithm, "last": axis == x.dim() - 1}, "behaviour")
     return None
 
 

@@ -285,7 +285,7 @@ def _arithmetic(
         if a is b:
             return Subject("elementwise_constant" if name == "add" else "erasing_elementwise")
         small = min(a.numel(), b.numel())
-        if max(a.numel(), b.numel()) == out.numel() and 2 * small <= out.numel():
+        if max(a.numel(), b.numel()) == out.numel() and 3 * small <= out.numel():  # rows as norms have them
             return Subject("row_broadcast", {"scalars": small, "out": out.numel()})
     return Subject("merge")
 

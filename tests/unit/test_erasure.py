@@ -108,6 +108,23 @@ def test_gelu_keeps_all_but_a_bit_of_the_negatives():
     assert 1 - 1 / 32 < gelu["bits_kept"] < 1
 
 
+class Sequence(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_what_is_no_row_of_weights_is_not_measured_as_one():
+    x = torch.randn(2, 4, 6)
+    for layer in (nn.LogSoftmax(-1), nn.Softmax(1), nn.Softmax2d()):
+        assert ErasureMeter(Sequence(layer)).measure({"x": x})["kinds"] == {}
+    assert ErasureMeter(Sequence(nn.Softmax(-1))).measure({"x": x})["kinds"]["attention"]["rows"] == 8
+
+
+def test_pooling_that_gives_out_more_than_it_takes_keeps_no_more_than_all():
+    pooling = ErasureMeter(Sequence(nn.AdaptiveAvgPool2d(4))).measure({"x": torch.randn(1, 1, 2, 2)})
+    assert pooling["kinds"]["pooling"]["bits_kept"] == 1
+
+
 def test_all_is_strict_json():
     json.dumps(ErasureMeter(_t5()).measure(_batch()), allow_nan=False)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import bwsk
 from bwsk.convolution import convolution, transposed_convolution
 from bwsk.errors import BwskError
 from bwsk.kinds import identify
@@ -373,3 +376,11 @@ def test_a_rule_that_is_badly_written_is_one_line(changes, what):
 def test_unknown_rule_set():
     with pytest.raises(BwskError, match="published, strict"):
         rule_set("lenient")
+
+
+def test_the_rules_of_ones_own_in_the_docs_work():
+    text = (Path(__file__).parents[2] / "docs" / "classification.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "RuleSet(" in block]
+    names = {"bwsk": bwsk, "model": nn.Sequential(nn.ELU(), nn.ReLU())}
+    exec(code.partition("step = ")[0], names)
+    assert (names["census"].s, names["census"].k, names["census"].gray) == (1, 0, 1)
