@@ -39,15 +39,26 @@ def convolution(f: Facts) -> Verdict:
 def transposed_convolution(f: Facts) -> Verdict:
     """The same of a transposed convolution: there a tap of the kernel copies an input into one phase of the output."""
     extra = f.get("output_padding", (0,) * len(f["kernel"]))
-    whole, touched, ends = 1, 1, []
-    for k, s, p, d, o in zip(f["kernel"], f["stride"], f["padding"], _dilation(f), extra, strict=True):
+    lengths = f.get("length", (None,) * len(f["kernel"]))
+    whole, written, taken = 1, f["out"], f["in"]
+    spare = []
+    for k, s, p, d, o, n in zip(f["kernel"], f["stride"], f["padding"], _dilation(f), extra, lengths, strict=True):
         whole *= len({t % s for t in range(0, k, d) if p // 2 <= t <= k - 1 - p // 2 + o})  # never cropped
-        touched *= len({t % s for t in range(0, k, d)})
-        ends.append(k - s - p + o)  # output - stride x input
+        long = 1 if n is None else n  # without a length, what one more input adds
+        end = (long - 1) * s + k - p + o
+        written *= len({t % s for t in range(0, k, d)} if n is None else _written(long, s, k, p, d, end))
+        taken *= long
+        spare.append(k - s - p + o)  # output - stride x input
     if f["out"] * whole >= f["in"]:
         return Verdict.S
-    exact = f["out"] * math.prod(f["stride"]) == f["in"] and max(ends) <= 0 > min(ends)
-    return Verdict.K if f["out"] * touched < f["in"] or exact else Verdict.GRAY
+    exact = "length" not in f and f["out"] * math.prod(f["stride"]) == f["in"] and max(spare) <= 0 > min(spare)
+    return Verdict.K if written < taken or exact else Verdict.GRAY
+
+
+def _written(length: int, stride: int, kernel: int, padding: int, dilation: int, end: int) -> set[int]:
+    """Positions of a transposed convolution's output that depend on its input."""
+    places = (i * stride + t - padding // 2 for i in range(length) for t in range(0, kernel, dilation))
+    return {place for place in places if 0 <= place < end}
 
 
 def _dilation(f: Facts) -> tuple[int, ...]:

@@ -304,11 +304,10 @@ def _convolution(args: tuple[Any, ...], roles: list[Role]) -> Subject:
         "stride": stride,
         "padding": tuple(2 * p for p in padding),
         "dilation": dilation,
+        "length": tuple(x.shape[2:]),
     }
     if transposed:
         facts["output_padding"] = tuple(args[7]) * n if len(args[7]) == 1 else tuple(args[7])
-    else:
-        facts["length"] = tuple(x.shape[2:])
     return Subject("transposed_convolution" if transposed else "convolution", facts)
 
 

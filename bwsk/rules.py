@@ -31,7 +31,7 @@ KINDS: dict[str, str] = {
     "convolution": "linear and shift-equivariant, fixed kernel",
     "transposed_convolution": "adjoint of a convolution, fixed kernel",
     "embedding": "index -> row of a table",
-    "position": "position -> rotary or sinusoidal code",
+    "position": "position -> rotary, sinusoidal or learned code",
     "layer_norm": "(x - mean) / deviation per row",
     "rms_norm": "x / root mean square per row",
     "group_norm": "(x - mean) / deviation per group or instance",

@@ -130,7 +130,7 @@ def primitives() -> RuleSet:
         lambda f: transposed_convolution(f) is GRAY,
     )
     add("embedding", S, NOTHING, "embedding", "rows of a table differ: look the row up", "definition")
-    add("position", S, NOTHING, "rotary positions", "the slowest angle tells the position", "Su et al. 2021, RoFormer")
+    add("position", S, NOTHING, "rotary positions", "a code of its own for each position", "Su et al. 2021, RoFormer")
 
     few, many = "fewer than 3 elements", "3 elements or more"
     add(

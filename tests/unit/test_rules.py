@@ -248,6 +248,9 @@ def test_transposed_convolution_verdicts_agree_with_the_rank(into, out, kernel, 
     for length in range(1, 7):
         if (length - 1) * stride - 2 * padding + dilation * (kernel - 1) + extra >= 0 and verdict is Verdict.S:
             assert _rank(layer, into, length)
+        known = transposed_convolution({**identify(layer).facts, "length": (length,)})
+        if (length - 1) * stride - 2 * padding + dilation * (kernel - 1) + extra >= 0 and known is not Verdict.GRAY:
+            assert _rank(layer, into, length) == (known is Verdict.S)
     if verdict is Verdict.K:
         assert not _rank(layer, into, 40)
 
