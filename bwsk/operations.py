@@ -74,7 +74,7 @@ class Trace(Counts):
         return sorted(rows, key=lambda row: (-row["count"], row["operator"]))
 
     def unknown(self) -> list[str]:
-        """Names of the operators that no rule decides, each once."""
+        """Names of the operators that are GRAY, each once."""
         return sorted({op.operator for op in self.data if op.verdict == "GRAY"})
 
     def to_dict(self) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def draw_barriers(trace: Trace, calm: Calm, path: Path) -> None:
         counts["S" if op.verdict == "S" else "K"][calm.levels[op.index]] += 1
     every = range(len(calm.crossing_bytes) + 1)
     below.bar(every, [counts["S"][i] for i in every], 1.0, color=COLOURS["S"], label="S")
-    below.bar(every, [-counts["K"][i] for i in every], 1.0, color=COLOURS["K"], label="K")
+    barriers = "K or GRAY" if trace.gray else "K"
+    below.bar(every, [-counts["K"][i] for i in every], 1.0, color=COLOURS["K"], label=barriers)
     below.axhline(0, color="black", linewidth=0.5)
     below.set_yscale("symlog", linthresh=1)  # a level holds up to hundreds of S operations, but few K
     highest = max(counts["S"].values(), default=1)
