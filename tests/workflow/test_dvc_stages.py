@@ -51,7 +51,10 @@ def test_check_names_the_file_and_the_command(study: Path) -> None:
 
 
 def test_the_checkout_may_be_called_anything(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "SNAKEFILE", study.parent / "it's $HOME" / "Snakefile")
+    snakefile = study.parent / "it's $HOME" / "Snakefile"
+    snakefile.parent.mkdir()
+    shutil.copy(stages.SNAKEFILE, snakefile)
+    monkeypatch.setattr(stages, "SNAKEFILE", snakefile)
     for stage in graph(study)["stages"].values():
         assert shlex.split(stage["cmd"])[2] == "../it's $HOME/Snakefile"
 
