@@ -114,7 +114,7 @@ def _parse(source: str, path: Path) -> PreTrainedConfig:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BwskError(
-            f"{source}: not a readable JSON config ({_one_line(error)}); give a transformers config"
+            f"{source}: not a readable JSON config ({one_line(error)}); give a transformers config"
         ) from None
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise BwskError(f"{source}: has no 'model_type', so it is no transformers config; give a model's config.json")
@@ -128,7 +128,7 @@ def _parse(source: str, path: Path) -> PreTrainedConfig:
     try:
         return CONFIG_MAPPING[kind].from_dict(fields)
     except Exception as error:  # every config class validates in its own way
-        raise BwskError(f"{source}: not a valid {kind} config: {_one_line(error)}") from None
+        raise BwskError(f"{source}: not a valid {kind} config: {one_line(error)}") from None
 
 
 def model_class(config: PreTrainedConfig) -> type[nn.Module]:
@@ -176,7 +176,7 @@ def build(
             return cls._from_config(copy.deepcopy(config), **extra).train()
     except Exception as error:  # model constructors fail in as many ways as there are models
         raise BwskError(
-            f"{config.model_type}: {cls.__name__} cannot be built from this config: {_one_line(error)}"
+            f"{config.model_type}: {cls.__name__} cannot be built from this config: {one_line(error)}"
         ) from None
 
 
@@ -191,6 +191,7 @@ def load(source: Any, *, revision: str | None = None, attn_implementation: str |
     return model, type(model).__name__
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PreTrainedConfig
 
-from bwsk.architecture import build
+from bwsk.architecture import build, one_line
 from bwsk.errors import BwskError
 from bwsk.memory_tracker import MIB, Log, Tracker, cuda_rules
 
@@ -156,13 +157,17 @@ def faked(model: Any, attention: str) -> Iterator[nn.Module]:
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), cuda_rules():
         warnings.simplefilter("ignore")
         _materialise(fake)
+        log = logging.getLogger(FakeTensorMode.__module__)
+        before, log.disabled = log.disabled, True  # tells with a traceback what is raised here anyway
         try:
             yield fake.train()
-        except DataDependentOutputException:
+        except (DataDependentOutputException, DynamicOutputShapeException):
             raise BwskError(
                 f"{type(fake).__name__}: what its training step computes depends on values, not on shapes alone "
                 "(such as layers dropped at random), so its memory cannot be predicted; not supported"
             ) from None
+        finally:
+            log.disabled = before
 
 
 def _structure(model: Any, attention: str) -> nn.Module:
@@ -194,21 +199,23 @@ def _materialise(model: nn.Module) -> None:
 
 def example_inputs(model: nn.Module, batch: int, input_length: int, target_length: int | None) -> dict[str, Any]:
     """Inputs of a training step for `model`: token ids or pixels, and labels (zeros; shapes are what matters)."""
-    config = model.config
+    config, name = model.config, type(model).__name__
     accepted = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {}
     if "pixel_values" in accepted:
-        size = config.image_size
+        size = getattr(config, "image_size", None)
+        if size is None or not hasattr(config, "num_channels"):
+            raise BwskError(f"{name}: its config does not tell the size of its images; not supported here")
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         inputs["pixel_values"] = torch.zeros(batch, config.num_channels, height, width)
         labels = (batch,)
     elif "input_ids" in accepted:
         inputs["input_ids"] = torch.zeros(batch, input_length, dtype=torch.long)
         labels = (batch, target_length or input_length)
-        if "SequenceClassification" in type(model).__name__:
+        if "SequenceClassification" in name:
             labels = (batch,)
     else:
-        raise BwskError(f"{type(model).__name__}: takes neither input_ids nor pixel_values; not supported here")
+        raise BwskError(f"{name}: takes neither input_ids nor pixel_values; not supported here")
     if "labels" in accepted:
         inputs["labels"] = torch.zeros(labels, dtype=torch.long)
     elif target_length is not None:
@@ -219,8 +226,19 @@ def example_inputs(model: nn.Module, batch: int, input_length: int, target_lengt
 
 
 def step_loss(model: nn.Module, inputs: dict[str, Any], precision: str) -> Tensor:
-    """The model's own loss, or for a model without a head the mean of its last hidden states."""
+    """The model's own loss, or for a model without a head the mean of its last hidden states.
+
+    Raises `BwskError` where the model does not take these inputs: sequences of another length, labels of another kind.
+    """
     with torch.autocast("cpu", dtype=PRECISIONS[precision], enabled=precision != "fp32"):
-        outputs = model(**inputs)
+        try:
+            outputs = model(**inputs)
+        except (BwskError, DataDependentOutputException, DynamicOutputShapeException):
+            raise
+        except Exception as error:  # models refuse inputs in as many ways as there are models
+            given = ", ".join(f"{key} {tuple(v.shape)}" for key, v in inputs.items() if isinstance(v, Tensor))
+            raise BwskError(
+                f"{type(model).__name__}: its training step does not run on {given}: {one_line(error)}"
+            ) from error
         loss = getattr(outputs, "loss", None)
         return outputs[0].float().mean() if loss is None else loss

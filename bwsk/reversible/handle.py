@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from bwsk.architecture import model_class
 from bwsk.budget import NAMED, parse_budget
 from bwsk.errors import BwskError
 from bwsk.memory_step import PRECISIONS, require_one_of, require_shape, stock_peak
@@ -66,7 +67,7 @@ def make_reversible(
     if not t5.is_family(model):
         plan = general.plan_model(model, budget, shape, precision)
         return Reversible(model, plan, general.install(model, plan.levels), general.uninstall)
-    plan = plan_t5(model.config, budget, shape, precision, prefix=t5.prefix(model), model=model)
+    plan = plan_t5(model.config, budget, shape, precision, model)
     return Reversible(model, plan, t5.install(model, plan.levels, plan.head.kind), t5.uninstall)
 
 
@@ -99,26 +100,27 @@ def _shape(budget: Any, batch: int | None, input_length: int | None, target_leng
     return batch, input_length, target_length or input_length
 
 
-def plan_t5(
-    config: Any, budget: Any, shape: tuple[int, int, int], precision: str, prefix: str = "", model: Any = None
-) -> Plan:
-    """The plan for a T5 config: `shape` is (batch, input tokens, target tokens)."""
+def plan_t5(config: Any, budget: Any, shape: tuple[int, int, int], precision: str, model: Any = None) -> Plan:
+    """The plan for a T5 config or model: `shape` is (batch, input tokens, target tokens)."""
     require_one_of("precision", precision, PRECISIONS)
     sizes = t5_costs.Shape(*shape, element=4 if precision == "fp32" else 2)
-    parameters = t5_costs.parameters(config)
+    parts = t5_costs.Parts.of(model_class(config) if model is None else type(model))
+    if model is not None:
+        parts = replace(parts, prefix=t5.prefix(model))
+    parameters = t5_costs.parameters(config, parts)
     base = 12 * parameters
 
     asked = parse_budget(budget, lambda: stock_peak(config if model is None else model, shape, precision))
-    kind = asked.head if precision == "fp32" else "exact"
-    units = t5_costs.units(config, sizes, prefix)
+    head = t5_costs.head(config, sizes, asked.head if precision == "fp32" else "exact", parts)
+    units = t5_costs.units(config, sizes, parts)
     plan = Plan(
         asked,
         units,
         [0] * len(units),
-        t5_costs.head(config, sizes, kind),
+        head,
         base,
-        t5_costs.describe(config, sizes, prefix),
-        "bit-identical" if kind == "exact" else "loss head as exact as the stock one, not the same bits",
+        t5_costs.describe(config, sizes, parts.prefix),
+        "bit-identical" if head.kind != "chunked" else "loss head as exact as the stock one, not the same bits",
     )
     return met(solve(plan, asked.cap, asked.flops), 16 * parameters)
 

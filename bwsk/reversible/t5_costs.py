@@ -6,7 +6,7 @@ element in the compute dtype. One multiply-add is two FLOPs; elementwise operati
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -22,6 +22,26 @@ class Shape:
     input_length: int
     target_length: int
     element: int = 4
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of a T5 a class is built of."""
+
+    decoder: bool = True
+    projection: bool = True  # onto the vocabulary, with the loss on it
+    prefix: str = ""  # what the names of the stacks begin with
+
+    @classmethod
+    def of(cls, kind: type) -> Parts:
+        """Those of a class of transformers or of one derived from it."""
+        names = [base.__name__.removeprefix("M") for base in kind.__mro__]
+        heads = ("T5ForSequenceClassification", "T5ForTokenClassification")
+        return cls(
+            decoder=not any(name in names for name in ("T5EncoderModel", "T5ForTokenClassification")),
+            projection="T5ForConditionalGeneration" in names,
+            prefix="transformer." if any(name in names for name in heads) else "",
+        )
 
 
 @dataclass(frozen=True)
@@ -115,35 +135,51 @@ def _unit(
     )
 
 
-def parameters(config: Any) -> int:
-    """Parameters of T5ForConditionalGeneration of this config."""
+def parameters(config: Any, parts: Parts) -> int:
+    """Parameters of a T5 of this config, without the few of a classifier."""
     d, table = config.d_model, config.vocab_size * config.d_model
-    blocks = config.num_layers * _weights(config, 1) + config.num_decoder_layers * _weights(config, 2)
-    biases = 2 * config.relative_attention_num_buckets * config.num_heads
-    return blocks + biases + 2 * d + table * (1 if getattr(config, "tie_word_embeddings", True) else 2)
+    blocks = config.num_layers * _weights(config, 1)
+    if parts.decoder:
+        blocks += config.num_decoder_layers * _weights(config, 2)
+    stacks = 2 if parts.decoder else 1
+    biases = stacks * config.relative_attention_num_buckets * config.num_heads
+    tables = 2 if parts.projection and not getattr(config, "tie_word_embeddings", True) else 1
+    return blocks + biases + stacks * d + table * tables
 
 
-def units(config: Any, shape: Shape, prefix: str = "") -> list[Unit]:
+def units(config: Any, shape: Shape, parts: Parts) -> list[Unit]:
     """The blocks of encoder and decoder in forward order."""
-    found = []
+    found, prefix = [], parts.prefix
     stream, biases = 4 * shape.batch * shape.input_length * config.d_model, 4 * config.num_heads
     for i in range(config.num_layers):
         name = f"{prefix}encoder.block.{i}"
-        parts = [f"{name}.layer.{j}" for j in range(2)]
-        found.append(_unit(config, shape, name, parts, shape.input_length, [shape.input_length],
+        layers = [f"{name}.layer.{j}" for j in range(2)]
+        found.append(_unit(config, shape, name, layers, shape.input_length, [shape.input_length],
                            0 if i else biases * shape.input_length**2))  # fmt: skip
-    for i in range(config.num_decoder_layers):
+    for i in range(config.num_decoder_layers if parts.decoder else 0):
         name = f"{prefix}decoder.block.{i}"
-        parts = [f"{name}.layer.{j}" for j in range(3)]
+        layers = [f"{name}.layer.{j}" for j in range(3)]
         sources = [shape.target_length, shape.input_length]
         # The position bias, the causal mask, and the encoder's output before and after its last norm and dropout.
         shared = (biases + 4 * shape.batch) * shape.target_length**2 + 2 * stream
-        found.append(_unit(config, shape, name, parts, shape.target_length, sources, 0 if i else shared))
+        found.append(_unit(config, shape, name, layers, shape.target_length, sources, 0 if i else shared))
+    if not parts.projection:
+        # A lookup's gradient is as large as the table and comes when its stack is through; that of a second lookup is
+        # added out of place, so that three are alive.
+        table = 4 * config.vocab_size * config.d_model
+        lookups = {0: 2 * table, config.num_layers: table} if parts.decoder else {0: table}
+        found = [replace(u, gradients=u.gradients + lookups.get(i, 0)) for i, u in enumerate(found)]
     return found
 
 
-def head(config: Any, shape: Shape, kind: str) -> Head:
-    """The loss head: logits kept until their gradient is written over them, or no logits but gradients at once."""
+def head(config: Any, shape: Shape, kind: str, parts: Parts) -> Head:
+    """The loss head: logits kept until their gradient is written over them, or no logits but gradients at once.
+
+    Without a projection onto the vocabulary there is only the last stack's output, before and after its last norm.
+    """
+    if not parts.projection:
+        outs = 2 * 4 * shape.batch * (shape.target_length if parts.decoder else shape.input_length) * config.d_model
+        return Head("none", outs, outs // 2, 0, 0)
     tokens, d, v = shape.batch * shape.target_length, config.d_model, config.vocab_size
     table, logits = 4 * v * d, tokens * v
     forward, outs = 2 * tokens * d * v, 2 * 4 * tokens * d
@@ -235,6 +271,8 @@ def _sublayer_rows(config, shape, module, level, decoder, length, redo_output) -
 
 def _head_rows(config: Any, shape: Shape, head: Head) -> list[Row]:
     wide = verdict("linear", **{"in": config.d_model, "out": config.vocab_size})
+    if head.kind == "none":
+        return []
     if head.kind == "chunked":
         return [Row("lm_head", "logits and loss, by rows", verdict("loss"), "gradients kept", head.kept, 0)]
     return [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, T5Config
+from transformers import BartConfig, BertConfig, CLIPConfig, GPT2Config, T5Config
 from typer.testing import CliRunner
 
 from bwsk import BwskError, predict_memory
@@ -105,6 +106,23 @@ def test_the_plan_of_a_very_small_step_comes_to_an_end(budget):
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.parametrize("name", ["T5EncoderModel", "T5ForTokenClassification", "T5Model"])
+def test_the_plan_of_a_class_without_decoder_or_vocabulary_is_of_it_alone(small, name):
+    from bwsk.reversible.plan import MIB
+
+    config = copy.deepcopy(small)
+    config.architectures = [name]
+    for budget in ("fast", "max"):
+        plan = plan_of(config, budget, (8, 256, 256))
+        run = predict_memory(config, mode="reversible", budget=budget, batch=8, input_length=256)
+        assert plan.peak / MIB == pytest.approx(run.peak_mib, rel=0.03)
+        assert plan.step_flops + plan.extra_flops == pytest.approx(run.flops, rel=0.001)
+        prefix = "transformer." if name == "T5ForTokenClassification" else ""
+        assert all(level.startswith((f"{prefix}encoder.", f"{prefix}decoder.")) for level in plan.levels)
+        assert any("decoder" in level for level in plan.levels) == (name == "T5Model")
+    assert plan_of(config, "balanced", (8, 256, 256)).guarantee == "bit-identical"
+
+
 def test_kinds_add_up_and_weights_are_the_parameters(tiny):
     found = predict_memory(tiny, batch=2, input_length=16)
     assert sum(found.kinds.values()) == pytest.approx(found.peak_mib, abs=0.05)
@@ -164,6 +182,21 @@ def test_refusals(tiny, changes, words):
         predict_memory(tiny, **{"batch": 2, "input_length": 8, **changes})
     with pytest.raises(BwskError, match="transformers"):
         predict_memory(object(), batch=2, input_length=8)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (CLIPConfig(), "CLIP.*: its config does not tell"),
+        (BertConfig(num_hidden_layers=1, max_position_embeddings=16), r"BertForMaskedLM.*input_ids \(2, 32\)"),
+        (BartConfig(architectures=["BartForSequenceClassification"]), "depends on values"),
+        (T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2), "decoder_start_token_id"),
+    ],
+    ids=["two inputs", "too long", "values", "no start"],
+)
+def test_steps_that_cannot_be_run_are_refused(config, words):
+    with pytest.raises(BwskError, match=words):
+        predict_memory(config, batch=2, input_length=32)
 
 
 def test_a_fraction_is_the_one_that_make_reversible_plans_with(tiny):
