@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from bwsk.operators import Flow, Subject, dispatched
 from bwsk.witness import fixed_draws
 
+_DERIVATIVES = 1024  # of inputs of more elements none are taken
 _PROBE_ELEMENTS = 1 << 23  # stand-in parameters of more elements than this are not made
 
 
@@ -217,7 +219,7 @@ def _by_probe(module: nn.Module) -> Subject:
         for test, probe in [*tests, (_operations, shapes), (_operations, small)]:
             found = _attempt(test, probe) if probe else None
             if found:
-                return found
+                return _with_rank(found, small) if "flow" in found.facts else found
         return Subject("unknown", {"class": type(module).__name__}, "none")
 
 
@@ -239,6 +241,7 @@ def _attempt(test: Callable[[_Probe], Subject | None], probe: _Probe) -> Subject
 
 _GRID = torch.linspace(-8, 8, 4001, dtype=torch.float64)
 _FAR = torch.tensor([8, 9, 10, 11, 12, 13, 14, 15, 16], dtype=torch.float64)  # the hyperbolic tangent still rises
+_CLOSE = torch.linspace(0.1, 0.12, 201, dtype=torch.float64)
 _FARTHER = torch.logspace(1, 4, 61, dtype=torch.float64)
 _REFERENCES: tuple[tuple[str, Callable[[Tensor], Tensor], float], ...] = (
     ("identity", lambda x: x, 0.0),
@@ -276,7 +279,8 @@ def _elementwise(probe: _Probe) -> Subject | None:
             return Subject(kind, {}, "behaviour")
     wide = torch.cat([of((-_FAR.flip(0)).reshape(1, -1)).reshape(-1), y[1:-1], of(_FAR.reshape(1, -1)).reshape(-1)])
     steps, after = wide.diff(), of(far.reshape(1, -1)).reshape(-1).diff()
-    rises, falls = bool((steps > 0).all()), bool((steps < 0).all())
+    close = [of(part.reshape(1, -1)).reshape(-1).diff() for part in (_CLOSE, -_CLOSE.flip(0))]  # stairs have flat steps
+    rises, falls = (all(bool((sign * d > 0).all()) for d in (steps, *close)) for sign in (1, -1))
     turns = bool((after < 0).any()) if rises else bool((after > 0).any())
     injective = (rises or falls) and not turns and not (bool((after == 0).any()) and _clamps(probe))
     return Subject("injective_elementwise" if injective else "erasing_elementwise", {}, "behaviour")
@@ -388,8 +392,34 @@ def _operations(probe: _Probe) -> Subject | None:
             if flow.steps:
                 routes = any(step.subject.kind == "routing" for step in flow.steps)
                 kind = "routing" if routes else "composite"
-                return _core(flow, x) or Subject(kind, {"flow": flow}, "operations")
+                return _core(flow, x) or Subject(kind, {"flow": flow, "shape": shape}, "operations")
     return None
+
+
+def _with_rank(subject: Subject, probe: _Probe | None) -> Subject:
+    """Also whether the outputs depend on fewer numbers than go in: the rank of the derivative at a random input."""
+    shape = (1, *subject.facts.get("shape", ())[1:])
+    if len(shape) == 4:  # images: small ones will do
+        shape = (*shape[:2], 4, 4)
+    deficient = None
+    if probe and len(shape) > 1 and math.prod(shape) <= _DERIVATIVES:
+        deficient = _attempt(lambda p: _deficient(p, torch.randn(shape, dtype=torch.float64)), probe)
+    return Subject(subject.kind, {"flow": subject.facts["flow"], "deficient": deficient}, subject.how)
+
+
+def _deficient(probe: _Probe, x: Tensor) -> bool:
+    """Differences, not derivatives: they see what autograd does not."""
+
+    def outputs(x: Tensor) -> Tensor:
+        with fixed_draws():
+            out = tree_leaves(probe(x.clone()))
+        return torch.cat([t.double().flatten() for t in out if isinstance(t, Tensor)])
+
+    step = 1e-5
+    units = torch.eye(x.numel(), dtype=torch.float64).reshape(-1, *x.shape)
+    columns = [outputs(x + step * unit) - outputs(x - step * unit) for unit in units]
+    rank = int(torch.linalg.matrix_rank(torch.stack(columns, 1) / step, rtol=1e-6))
+    return rank < x.numel() - 2 * x.numel() // max(x.shape)  # two scalars per row are a residue
 
 
 def _core(flow: Flow, x: Tensor) -> Subject | None:

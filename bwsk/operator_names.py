@@ -77,6 +77,7 @@ REDUCE = _names(
     "any all count_nonzero median mode trace _local_scalar_dense item equal is_nonzero cumprod cummax cummin"
 )
 OF_ONE = _names("sum mean amax amin max min prod logsumexp")  # of these, the same element again for a single one
+TO_PYTHON = _names("_local_scalar_dense item equal is_nonzero")
 LOOKUP = _names("index_select index gather take take_along_dim")  # rows of a table that is no activation
 COMPARE = _names(
     "eq ne lt gt le ge isnan isinf isfinite logical_and logical_or logical_xor bitwise_and bitwise_or __and__ "

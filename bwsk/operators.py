@@ -352,6 +352,16 @@ class Step:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
+    @property
+    def sums(self) -> bool:
+        """Whether it adds two values, so that one of them is the sum less the other."""
+        return self.subject.kind == "merge" and self.name in ("aten::add", "aten::sub") and len(set(self.inputs)) == 2
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it gives the same outputs for the same inputs: nothing is drawn."""
+        return self.subject.kind not in ("dropout", "unknown") and not self.subject.facts.get("noise")
+
     def told_by(self, known: set[int]) -> bool:
         """Whether what it computes lies in the known values: all parts of a rearrangement, or the first of its outputs
         (the others are statistics, its residue); of an operator that nobody knows, any."""
@@ -363,18 +373,34 @@ class Step:
 
 @dataclass(frozen=True)
 class Flow:
-    """The operators that a function runs on its input, value 0, in order, and the numbers of the values it returns."""
+    """The operators that a function runs on its input, value 0, in order, and the numbers of the values it returns.
+
+    `fewer`: it returns fewer numbers than it takes.
+    """
 
     steps: tuple[Step, ...]
     returned: frozenset[int]
+    fewer: bool
 
     def kept(self, undone: Callable[[Step], bool]) -> tuple[bool, list[Step]]:
-        """Whether the input comes back from what is returned by undoing steps for which `undone` holds; and those."""
+        """Whether the input comes back from what is returned by undoing steps for which `undone` holds; and those.
+
+        A sum gives back one part where the other is known, and what is known can be computed with: so a coupling
+        (a, b + f(a)) comes back whatever f is.
+        """
         known, used = set(self.returned), []
-        for step in reversed(self.steps):
-            if step.told_by(known) and not known.issuperset(step.inputs) and undone(step):
-                known.update(step.inputs)
-                used.append(step)
+        before = -1
+        while len(known) > before:
+            before = len(known)
+            for step in reversed(self.steps):
+                if step.told_by(known) and not known.issuperset(step.inputs) and undone(step):
+                    known.update(step.inputs)
+                    used.append(step)
+                elif step.sums and known.issuperset(step.outputs) and not known.isdisjoint(step.inputs):
+                    known.update(step.inputs)
+            for step in self.steps:
+                if step.inputs and known.issuperset(step.inputs) and step.repeats:
+                    known.update(step.outputs)
         return 0 in known, used
 
 
@@ -382,6 +408,7 @@ def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> Flow:
     """Every operator on the data's way through `function(x)`.
 
     What writes into a tensor that others look into as well (a slice of a buffer) is "unknown": its readers change too.
+    ValueError if it takes a number out of the data, as what it does next may depend on it.
     """
     steps: list[Step] = []
     number: dict[int, int] = {id(x): 0}  # tensor -> value that it holds now
@@ -394,6 +421,8 @@ def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> Flow:
             nonlocal count
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             before = {id(t): roles.get(_storage(t), Role.FIXED) for t in inputs}
+            if packet_name(func) in names.TO_PYTHON and Role.DATA in before.values():
+                raise ValueError(f"{operator_name(func)} of data")
             out = func(*args, **(kwargs or {}))
             subject = identify_call(func, args, kwargs or {}, out, lambda t: before.get(id(t), Role.FIXED))
             role = output_role(subject, packet_name(func), before.values())
@@ -415,7 +444,9 @@ def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> Flow:
     with torch.no_grad(), Recorder():
         out = function(x)
     tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-    return Flow(tuple(steps), frozenset(number[id(t)] for t in tensors if id(t) in number))
+    told = {id(t): t for t in tensors if id(t) in number}
+    fewer = sum(t.numel() for t in told.values()) < x.numel()
+    return Flow(tuple(steps), frozenset(number[i] for i in told), fewer)
 
 
 def _storage(t: Tensor) -> int:

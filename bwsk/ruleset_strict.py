@@ -402,17 +402,20 @@ def primitives() -> RuleSet:
 def composition(facts: Facts) -> dict[str, Any]:
     """What becomes of a composite's input, by the strict rules for its operators.
 
-    `kept`: it comes back from what is returned by undoing S operators, with `residue`; `lost`: it does not even if all
-    operators that no rule decides could be undone. `erasing` and `unknown` are the kinds that stand in the way.
+    `kept`: it comes back from what is returned by undoing S operators, with `residue`. `lost`: it does not, even if all
+    operators that no rule decides could be undone, and fewer numbers come out, or the outputs depend on fewer (the rank
+    of the derivative, where it was taken, by more than two per row). `erasing` and `unknown` are the kinds that stand in
+    the way.
     """
     flow = facts["flow"]
+    fewer = flow.fewer or bool(facts["deficient"])
     rules = {step: primitives().decide(step.subject, step.name) for step in flow.steps}
     verdicts = {step: rule.verdict if rule else GRAY for step, rule in rules.items()}
     kept, used = flow.kept(lambda step: verdicts[step] is S)
     residues = [rule.residue for step in used if (rule := rules[step])]
     return {
         "kept": kept,
-        "lost": not flow.kept(lambda step: verdicts[step] is not K)[0],
+        "lost": fewer and not flow.kept(lambda step: verdicts[step] is not K)[0],
         "residue": max(residues, key=list(Residue).index, default=NOTHING) if kept else None,
         "erasing": sorted({step.subject.kind for step in flow.steps if verdicts[step] is K}),
         "unknown": sorted({step.subject.kind for step in flow.steps if verdicts[step] is GRAY}),
@@ -432,7 +435,7 @@ def build() -> RuleSet:
         rules.register(rule, prove=False)
 
     chain = "a chain of preserving operators leads from input to output"
-    add(S, NOTHING, "composite of exponential and flip; composite of all and half", chain, "undone",
+    add(S, NOTHING, "composite of exponential and flip; composite of all and half; additive coupling", chain, "undone",
         lambda c: c["residue"] is NOTHING)  # fmt: skip
     add(S, RNG, "composite of noise and flip", chain, "undone by drawing again",
         lambda c: c["residue"] is RNG)  # fmt: skip
@@ -441,8 +444,8 @@ def build() -> RuleSet:
         K,
         ALL,
         "composite with a maximum; composite that drops half",
-        "each way from input to output erases",
-        "no way through",
+        "each way to the output erases, and it depends on fewer numbers",
+        "no way through, fewer numbers",
         lambda c: c["lost"],
     )
     return rules

@@ -159,6 +159,14 @@ class _AllAndHalf(nn.Module):
         return torch.cat([x, torch.relu(x)], -1)
 
 
+class _Coupling(nn.Module):
+    """A composite that adds, and gives out what it added: (a, b + tanh a)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a, b + torch.tanh(a)], -1)
+
+
 class _Noise(nn.Module):
     """A composite that keeps all but what was drawn."""
 
@@ -268,6 +276,13 @@ MIXING = (
         lambda f, g: (torch.tensor([[1.0, 3, 2]], dtype=F64), torch.tensor([[2.0, 3, 1]], dtype=F64)),
     ),
     preserves("composite of exponential and flip", _Whitening, (3, 8), lambda f, y, _: y.flip(-1).log(), bound=1e-9),
+    preserves(
+        "additive coupling",
+        _Coupling,
+        (3, 8),
+        lambda f, y, _: torch.cat([y[:, :4], y[:, 4:] - torch.tanh(y[:, :4])], -1),
+        bound=1e-12,
+    ),
     preserves("composite of all and half", _AllAndHalf, (3, 8), lambda f, y, _: y[:, :8], bound=0.0),
     preserves(
         "composite of noise and flip",

@@ -224,13 +224,18 @@ def _written(x):
     return buffer.flip(-1).abs()
 
 
+def _coupling(x, function=torch.tanh):
+    a, b = x.chunk(2, -1)
+    return torch.cat([a, b + function(a)], -1)
+
+
 @pytest.mark.parametrize(
     ("module", "kind", "verdict"),
     [
         # rows that look normalised, and are not
         (Of(lambda x: x.argsort(-1).argsort(-1).double()), "composite", "K"),
         (Of(lambda x: (x > x.mean(-1, keepdim=True)).double()), "composite", "K"),
-        (Of(lambda x: F.normalize(x.abs(), dim=-1)), "composite", "K"),
+        (Of(lambda x: F.normalize(x.abs(), dim=-1)), "composite", "GRAY"),
         (Of(lambda x: F.normalize(x.relu(), dim=-1)), "composite", "K"),
         (Of(lambda x: F.normalize(x, dim=-1)), "rms_norm", "S"),
         (Of(lambda x: F.one_hot(x.argmax(-1), x.shape[-1]).double()), "routing", "K"),
@@ -238,14 +243,24 @@ def _written(x):
         (nn.Softmax2d(), "softmax", "S"),
         # each operator preserves, and a part is left out
         (Of(lambda x: x.chunk(2, -1)[0].exp()), "composite", "K"),
-        (Of(lambda x: x.sort(-1).values), "composite", "K"),
+        (Of(lambda x: x.sort(-1).values), "composite", "GRAY"),
         (Of(lambda x: x.sort(-1)), "composite", "S"),
         # an operator erases, and there is a way around it
         (Of(lambda x: torch.cat([x, x.relu()], -1)), "composite", "S"),
         (Of(lambda x: x - x.mean(-1, keepdim=True)), "composite", "S"),
         (Of(lambda x: x.mean(-1, keepdim=True).expand_as(x)), "composite", "K"),
-        (Of(_written), "composite", "K"),
+        (Of(_written), "composite", "GRAY"),
         (Of(lambda x: (x + torch.randn_like(x)).flip(0)), "composite", "S"),
+        # neither a way around what erases, nor evidence that anything is gone: a rotation by halves is a bijection
+        (Of(lambda x: torch.cat([x[..., 1:], x[..., :1]], -1)), "composite", "GRAY"),
+        (Of(lambda x: x.exp().flip(-1).relu()), "composite", "GRAY"),
+        (Of(lambda x: x.flip(-1) + x), "composite", "K"),
+        (Of(_coupling), "composite", "S"),
+        (Of(lambda x: _coupling(x, lambda a: F.dropout(a, 0.5))), "composite", "GRAY"),
+        # what follows depends on the data
+        (Of(lambda x: float(x.sum()) * x), "unknown", "GRAY"),
+        (Of(lambda x: x.flip(-1) if x.sum() > 0 else x), "unknown", "GRAY"),
+        (Of(lambda x: torch.round(x * 1000) / 1000), "erasing_elementwise", "K"),
         # looks like something else between -8 and 8
         (nn.Hardtanh(-10, 10), "erasing_elementwise", "K"),
         (Of(lambda x: F.leaky_relu(x, 0.1).clamp(-50, 50)), "erasing_elementwise", "K"),
@@ -255,7 +270,7 @@ def _written(x):
         (nn.RReLU(), "composite", "GRAY"),  # random, and no dropout
         # shapes
         (nn.ZeroPad2d((0, 0, 1, -1)), "composite", "K"),
-        (nn.ZeroPad2d((-1, 2, 0, 0)), "composite", "K"),
+        (nn.ZeroPad2d((-4, 5, 0, 0)), "composite", "K"),
         (nn.ZeroPad2d((1, 2, 0, 0)), "composite", "S"),
         (nn.Upsample(scale_factor=0.5), "upsample", "K"),
         (nn.Upsample(scale_factor=1.1), "upsample", "GRAY"),
