@@ -404,8 +404,8 @@ def composition(facts: Facts) -> dict[str, Any]:
 
     `kept`: it comes back from what is returned by undoing S operators, with `residue`. `lost`: it does not, even if all
     operators that no rule decides could be undone, and fewer numbers come out, or the outputs depend on fewer (the rank
-    of the derivative, where it was taken, by more than two per row). `erasing` and `unknown` are the kinds that stand in
-    the way.
+    of the derivative, where it was taken, by more than two per row). `erasing` and `unknown` are the kinds that
+    stand in the way.
     """
     flow = facts["flow"]
     fewer = flow.fewer or bool(facts["deficient"])
