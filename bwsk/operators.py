@@ -250,13 +250,16 @@ def _product(name: str, args: tuple[Any, ...], data: set[int]) -> Subject:
 def _cast(source: torch.dtype, target: torch.dtype) -> Subject:
     if source == target:
         return Subject("identity")
+    real, to_real = (t.is_floating_point or t.is_complex for t in (source, target))
     if source == torch.bool:
         widens = True
-    elif not source.is_floating_point and not source.is_complex and (target.is_floating_point or target.is_complex):
+    elif real and not to_real:
+        widens = False
+    elif to_real and not real:
         widens = torch.iinfo(source).bits <= -math.log2(torch.finfo(target).eps) + 1  # beyond the mantissa they round
-    elif min(source.itemsize, target.itemsize) == 1 and source.is_floating_point and target.is_floating_point:
-        # 8-bit floats have no promotion; all of them fit into float16 or bfloat16 but for their own rarer formats
-        widens = source.itemsize == 1 and target.itemsize > 2
+    elif source.is_floating_point and target.is_floating_point:  # 8-bit floats have no promotion
+        a, b = torch.finfo(source), torch.finfo(target)
+        widens = b.eps <= a.eps and b.max >= a.max and b.smallest_normal <= a.smallest_normal
     else:
         widens = torch.promote_types(source, target) == target
     return Subject("widening_cast" if widens else "narrowing_cast", {"from": str(source), "to": str(target)})

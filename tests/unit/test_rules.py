@@ -261,6 +261,36 @@ def test_two_axes_are_both_asked():
     assert convolution(identify(nn.Conv2d(1, 3, 2, stride=2)).facts) is Verdict.K
 
 
+_TYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2,
+          torch.float16, torch.bfloat16, torch.float32, torch.float64]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", _TYPES, ids=str)
+def test_a_widening_cast_holds_every_value(source):
+    """There and back again, over all values of the small types and the corners of the others."""
+    if source.itemsize <= 2:
+        bits = torch.arange(2 ** (8 * source.itemsize)).to(torch.uint8 if source.itemsize == 1 else torch.uint16)
+        values = torch.tensor([False, True]) if source == torch.bool else bits.view(source)
+    elif source.is_floating_point:
+        limits = torch.finfo(source)
+        corners = [limits.max, limits.smallest_normal, 1 + limits.eps, 1 / 3, 0.0]
+        values = torch.tensor([sign * n for n in corners for sign in (1, -1)], dtype=source)
+    else:
+        limits = torch.iinfo(source)
+        values = torch.tensor([limits.min, limits.max, limits.max - 1, 2**24 + 1, 0], dtype=source)
+    if source.is_floating_point:
+        values = values[values.float().isfinite() if source.itemsize < 4 else values.isfinite()]
+    for target in _TYPES:
+        subject = Operator(torch.ops.aten._to_copy.default, dtype=target).subject(values)
+        kept = torch.equal(values.to(target).to(source), values) if values.dtype.itemsize > 1 else torch.equal(
+            values.to(target).to(source).view(torch.uint8), values.view(torch.uint8)
+        )  # fmt: skip
+        if subject.kind == "widening_cast":
+            assert kept, target
+        elif kept and {source, target} != {torch.int8, torch.uint8}:  # those two wrap around
+            assert subject.kind == "identity", target
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 9), st.floats(0.3, 4), st.sampled_from(["nearest", "nearest-exact"]))
 def test_upsampling_verdicts_agree_with_what_is_read(length, factor, mode):
