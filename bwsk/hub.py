@@ -75,6 +75,8 @@ def explain(error: Exception, revision: str) -> str:
             return f"the Hub has no revision {revision!r} of it"
         case errors.RepositoryNotFoundError():
             return "the Hub has no such repository, or it is private"
+        case errors.HfHubHTTPError() if error.response.status_code == 401:  # of public repositories too
+            return "the Hub does not accept the login that is set (hf auth login, or unset HF_TOKEN)"
         case errors.HFValidationError():
             return "not a repository id of the form owner/name"
     return f"the Hub did not deliver it ({_first_line(error)})"

@@ -17,6 +17,7 @@ from threading import Thread
 from urllib.parse import parse_qs
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
+EXPIRED = "hf_expired"  # a token that is refused, for public repositories too, as the Hub does
 
 _API = re.compile(r"^/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree|paths-info)/([^/?]+)/?([^?]*)")
 _RESOLVE = re.compile(r"^/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)")
@@ -43,6 +44,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.seen.append(f"{self.command} {self.path}")
         if self.path == "/":
             return self._send(b"", body)
+        if self.headers.get("Authorization") == f"Bearer {EXPIRED}":
+            reason = {"X-Error-Message": "Invalid credentials in Authorization header"}
+            return self._send(b"{}", body, reason, status=401)
         if match := _API.match(self.path):
             kind, repo, what, revision, below = match.groups()
             return self._repository(self.root / kind / repo, repo, what, revision, below, body)

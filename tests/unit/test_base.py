@@ -27,7 +27,7 @@ from bwsk.files import read_json, sha256_file
 from bwsk.params import Params, load_params
 from bwsk.pretrain import corrupt, corruption
 from bwsk.tokenizer import load_tokenizer, make_tokenizer
-from tests.unit.hub_stand_in import REVISION, hub
+from tests.unit.hub_stand_in import EXPIRED, REVISION, hub
 from tests.unit.study_fixture import DEMO
 
 TINY = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
@@ -355,10 +355,10 @@ for values in json.load(sys.stdin):
     ]
     cases = [study({**source, **change}).model_dump() for change in changes]
 
-    def run(endpoint: str) -> list[str]:
+    def run(endpoint: str, **more: str) -> list[str]:
         variables = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         variables["HF_HOME"] = str(tmp_path / "home")
-        variables["HF_ENDPOINT"] = endpoint
+        variables |= {"HF_ENDPOINT": endpoint, **more}
         command = [sys.executable, "-c", script, str(data), str(tmp_path / "out")]
         result = subprocess.run(
             command, env=variables, input=json.dumps(cases), capture_output=True, text=True, timeout=120, check=True
@@ -368,7 +368,11 @@ for values in json.load(sys.stdin):
         return result.stdout.splitlines()
 
     with hub(root) as (endpoint, seen):
+        refused = run(endpoint, HF_TOKEN=EXPIRED)
         lines = run(endpoint)
+    assert refused[0].startswith(
+        "base owner/t5: the Hub does not accept the login that is set (hf auth login, or unset"
+    )
     weights = sha256_file(pretrained / "model.safetensors")
     assert lines[0] == weights
     assert lines[1].startswith("base owner/t5: the Hub has no revision 'main2' of it; set base.source: directory")
