@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -131,8 +132,6 @@ def _causal_loss(
     **kwargs: Any,
 ) -> Tensor:
     """transformers' causal language model loss; the plain mean keeps one copy of the logits."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
     if num_items_in_batch is not None or shift_labels is not None or not torch.is_grad_enabled():
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     shifted = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous().view(-1).to(logits.device)
@@ -199,7 +198,9 @@ def install(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
             own._attn_implementation_internal = _NAME
             attention.config = own
             touched.append(attention)
-    if getattr(model, "loss_type", None) == "ForCausalLM" and "_loss_function" not in model.__dict__:
+    # A class that names no loss of its own, such as GPT2LMHeadModel, has this one too.
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
+    if loss is ForCausalLMLoss and model.get_output_embeddings() is not None and "_loss_function" not in vars(model):
         model._loss_function = _causal_loss
         model._bwsk = None
         touched.append(model)

@@ -195,6 +195,13 @@ def test_hooks_that_come_later_fire_once():
     assert counts == [3, 3]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_causal_models_keep_one_copy_of_the_logits(name):
+    """GPT2LMHeadModel names no loss; transformers falls back on the causal one for it."""
+    loss = whole_blocks(name)[1](**inputs_of(name, 1)).loss
+    assert "CrossEntropyNode" in loss.grad_fn.name()
+
+
 def test_another_ignored_label_is_respected():
     found = []
     for model in whole_blocks("gpt_neox"):
