@@ -9,6 +9,7 @@ card, is cuBLAS workspaces, which are not predicted (they depend on the GPU: abo
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from bwsk.errors import BwskError
 from bwsk.memory_step import MIB, fake_step, require_one_of, stock_peak
 from bwsk.reversible import make_reversible
+from bwsk.reversible.plan import BudgetTooSmall
 
 if TYPE_CHECKING:
     from bwsk.params import Params
@@ -115,12 +117,18 @@ def predict_memory(
 def largest_batch(model: Any, limit_mib: float, *, maximum: int = 4096, **step: Any) -> int:
     """The largest batch whose predicted peak is within `limit_mib`; 0 if not even one sequence fits.
 
+    Under a budget that is a size, a batch that no plan keeps within it does not fit either.
     `step`: arguments of `predict_memory` without batch. Peaks grow almost in a straight line with the batch, so that
     each guess is where the line through the last two predictions meets the limit.
     """
 
     def peak(size: int) -> float:
-        return predict_memory(model, batch=size, **step).peak_mib
+        try:
+            return predict_memory(model, batch=size, **step).peak_mib
+        except BudgetTooSmall:
+            if isinstance(step.get("budget"), float):  # a fraction, which small batches miss and large ones may meet
+                raise
+            return math.inf
 
     low, low_peak = 1, peak(1)
     if low_peak > limit_mib:
@@ -139,6 +147,8 @@ def largest_batch(model: Any, limit_mib: float, *, maximum: int = 4096, **step: 
             slope = (size - low_peak) / (guess - low)
             high, high_peak = guess, size
         guess = low + max(1, int((limit_mib - low_peak) / max(slope, 1e-9)))
+        if size == math.inf:
+            guess = (low + high) // 2
         if high is None and guess > 4 * low:
             guess = max(guess, low + 1)
         if high is not None and high_peak is not None:

@@ -203,11 +203,18 @@ def _best_move(plan: Plan, alive: int, working: int | None, limit: float | None)
     return best
 
 
+class BudgetTooSmall(BwskError):
+    """No plan stays within the budget's cap."""
+
+
 def met(plan: Plan, states: int) -> Plan:
-    """The plan, if it meets its budget's cap; `states`: bytes of weights, gradients and optimizer states."""
+    """The plan, if it meets its budget's cap; `states`: bytes of weights, gradients and optimizer states.
+
+    Raises `BudgetTooSmall` otherwise.
+    """
     cap = plan.budget.cap
     if cap is not None and plan.peak > cap:
-        raise BwskError(
+        raise BudgetTooSmall(
             f"budget {plan.budget.name}: this step cannot go below {_mib(plan.peak)} (weights, gradients and "
             f"AdamW states alone are {_mib(states)}); allow more, or make the batch smaller"
         )

@@ -164,6 +164,14 @@ def test_largest_batch_is_the_largest(tiny):
     assert largest_batch(tiny, 0.01, **step) == 0
 
 
+def test_largest_batch_under_a_size_that_larger_ones_exceed(tiny):
+    step = {"input_length": 32, "mode": "reversible", "budget": "3MiB"}
+    best = largest_batch(tiny, 100, **step)
+    assert predict_memory(tiny, batch=best, **step).peak_mib <= 3.3
+    with pytest.raises(BwskError, match="cannot go below"):
+        predict_memory(tiny, batch=best + 1, **step)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
