@@ -60,8 +60,11 @@ def identity(params: Params, step: str, variant: str | None = None) -> dict[str,
         modules, sections = STEPS[step]
         dumped = params.model_dump()
         effective = {section: dumped[section] for section in sections}
-        if step == "base" and params.base.source == "pretrain":
-            effective["threads"] = params.train.threads  # bits depend on it
+        if step == "base":
+            if params.base.source == "pretrain":
+                effective["threads"] = params.train.threads  # bits depend on it
+            else:
+                del effective["seed"]  # nothing is drawn
     return {"params": effective, "source": source_digest(*modules)}
 
 

@@ -44,6 +44,13 @@ def touched(params: Params) -> set[str]:
     }
 
 
+def test_a_base_that_is_not_pretrained_here_does_not_read_the_seed() -> None:
+    base = {"source": "directory", "path": "model", "id": None}
+    values = {**load_params(DEMO).model_dump(), "base": base}
+    one, other = (identity(Params.model_validate({**values, "seed": seed}), "base") for seed in (1, 2))
+    assert one == other
+
+
 def test_nothing_is_touched_by_nothing() -> None:
     assert touched(changed()) == set()
     assert identity(changed(), "tokens") == identity(load_params(DEMO), "tokens")
