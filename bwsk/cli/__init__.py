@@ -6,6 +6,7 @@ what is no command of bwsk's, into such a line and exit status 2.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -24,6 +25,7 @@ def main() -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a locale that lacks a dash is no reason to fail
 
+    os.umask(os.umask(0o022) | 0o002)  # nothing is made writable by everybody: `bwsk check` would refuse it
     for group in GROUPS:
         import_module(f"bwsk.cli.{group}")
     try:

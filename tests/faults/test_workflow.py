@@ -188,6 +188,8 @@ def test_checkout_and_study_may_be_called_anything(tmp_path: Path) -> None:
     checkout = new_checkout(tmp_path / 'it\'s $HOME "b" é', TWO)
     checkout.study.rename(checkout.root / "my {x} $HOME 'study'")
     command = ["snakemake", "--directory", "my {x} $HOME 'study'", "--cores", "1", "build/tokenizer/info.json"]
-    checkout.run(*command, cwd=checkout.root)
+    checkout.run("sh", "-c", 'umask 0; exec "$0" "$@"', *command, cwd=checkout.root)
+    for folder in ("build", "build/tokenizer"):  # for everybody to read at most, whatever the umask
+        assert not (checkout.root / command[2] / folder).stat().st_mode & 0o002
     planned = checkout.run(*command[:-1], "--dry-run", cwd=checkout.root, PWD=str(checkout.root))
     assert "tail -f my {x} $HOME 'study'/build/logs/base.log" in planned

@@ -178,6 +178,13 @@ def test_a_variant_that_users_could_not_load_is_refused_even_with_matching_hashe
     assert "\n" not in message
 
 
+def test_what_is_made_without_a_umask_passes(editable: Path, params: Params) -> None:
+    shutil.rmtree(editable / "results" / "figures")
+    command = [sys.executable, "-m", "bwsk", "card", str(editable)]
+    subprocess.run(command, umask=0, capture_output=True, check=True, cwd=editable.parent)
+    assert verify(params, editable)
+
+
 def test_the_command_prints_a_table_or_one_line(editable: Path) -> None:
     def run() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "bwsk", "check", str(editable)]

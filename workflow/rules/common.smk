@@ -14,6 +14,9 @@ from snakemake.utils import validate
 # copy of this one, whose source it records.
 sys.path.insert(0, str(workflow.basedir))
 
+# Folders of outputs are made by Snakemake, and none may be writable by everybody: `bwsk check` would refuse it.
+os.umask(os.umask(0o022) | 0o002)
+
 from bwsk.errors import BwskError
 from bwsk.locks import hold_study, sign_study
 from bwsk.params import load_params
