@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 import bwsk
 from bwsk.convolution import convolution, transposed_convolution
+from bwsk.dataflow import dispatched
 from bwsk.errors import BwskError
 from bwsk.kinds import identify
-from bwsk.operators import Operator, dispatched
+from bwsk.operators import Operator
 from bwsk.rules import KINDS, Rule, RuleSet
 from bwsk.ruleset_strict import BY_NAME, SPECIMENS, keeps_dimensions
 from bwsk.rulesets import rule_set
