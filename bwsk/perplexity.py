@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bwsk.params import EvaluateParams
 
 # Labels whose logits exist at a time. Those of a batch of 32 windows are 1 GiB, and so is their softmax; with fewer
-# labels a CPU packs the projection's weights anew too often.
+# labels a CPU's product takes longer per label.
 ROWS_AT_ONCE = 1024
 
 
