@@ -7,6 +7,7 @@ what is no command of bwsk's, into such a line and exit status 2.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib import import_module
 from typing import Any
@@ -17,6 +18,13 @@ GROUPS = ("models", "memory", "data", "study", "publish", "versions", "tools")
 
 def main() -> None:
     """Run the `bwsk` command with `sys.argv`; exits the process."""
+    try:
+        _main()
+    except KeyboardInterrupt:  # before a command begins or after its end; in between it is typer's, with this status
+        sys.exit(128 + signal.SIGINT)
+
+
+def _main() -> None:
     import typer
 
     from bwsk.cli.app import app

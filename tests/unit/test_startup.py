@@ -58,3 +58,15 @@ def test_a_locale_without_a_dash_is_no_reason_to_fail(study: Path) -> None:
         done = subprocess.run(command, capture_output=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr.decode()
         assert b"\\u2014" in done.stdout
+
+
+@pytest.mark.parametrize("moment", ["bwsk.cli.import_module", "typer.Typer.__call__"])
+def test_ctrl_c_outside_of_a_command_is_a_status_and_no_traceback(moment: str) -> None:
+    """Inside of a command typer answers it, or the training."""
+    code = (
+        "import sys\nsys.argv = ['bwsk', '--version']\nimport bwsk.cli, typer\n"
+        "def pressed(*args, **kwargs):\n    raise KeyboardInterrupt\n"
+        f"{moment} = pressed\nbwsk.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
