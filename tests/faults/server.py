@@ -88,6 +88,7 @@ def child(request: dict[str, Any], report: int) -> None:
             status = 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what comes now would find no bwsk any more
         if counter:
             counter.tell("end")
     except BaseException:
