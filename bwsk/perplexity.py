@@ -31,8 +31,7 @@ from bwsk.processor import keep_freed_memory
 if TYPE_CHECKING:
     from bwsk.params import EvaluateParams
 
-# Labels whose logits exist at a time. Those of a batch of 32 windows are 1 GiB, and so is their softmax; with fewer
-# labels a CPU's product takes longer per label.
+# Labels whose logits exist at a time: those of a batch of 32 windows are 1 GiB, and so is their softmax.
 ROWS_AT_ONCE = 1024
 
 
