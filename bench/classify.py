@@ -49,7 +49,7 @@ def families() -> dict[str, Any]:
 
 def table() -> list[dict[str, Any]]:
     """One row per family: counts under both rule sets in training, and under the strict set in eval."""
-    from bwsk.census import classify
+    from bwsk.classification.census import classify
 
     rows = []
     for name, config in families().items():

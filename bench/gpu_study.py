@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def write_study(out: Path, args: argparse.Namespace) -> Any:
     """OUT/params.yaml: the published study's parameters with local inputs; the same file again on later calls."""
-    from bwsk.params import load_params
+    from bwsk.study.params import load_params
 
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     tokenizer = args.tokenizer or args.data / "tokenizer"
@@ -64,12 +64,12 @@ def write_study(out: Path, args: argparse.Namespace) -> Any:
 
 def prepare(params: Any, out: Path, architecture: dict[str, Any]) -> Any:
     """Corpus, tokenizer, tokens, base and census; what is there already is kept. Returns what training reads."""
-    from bwsk.base import make_base
-    from bwsk.census import classify
-    from bwsk.corpus import make_corpus
-    from bwsk.inputs import Inputs
-    from bwsk.tokenizer import make_tokenizer
-    from bwsk.tokens import make_tokens
+    from bwsk.classification.census import classify
+    from bwsk.study.base_checkpoint import make_base
+    from bwsk.study.corpus import make_corpus
+    from bwsk.study.tokenizer import make_tokenizer
+    from bwsk.study.tokens import make_tokens
+    from bwsk.study.train_inputs import Inputs
 
     build = out / "build"
     if not (build / "tokens" / "tokens.json").is_file():
@@ -100,7 +100,7 @@ def train(params: Any, out: Path, inputs: Any, device: Any, done: Callable[[], N
 
 
 def _train(params: Any, variant: str, out: Path, inputs: Any, device: Any) -> None:
-    from bwsk.train import Run
+    from bwsk.study.train import Run
 
     run = Run(params, variant, inputs, out / "build" / "checkpoints" / variant, device, say=_say)
     run.run()
@@ -152,8 +152,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        from bwsk.device import pick_device
-        from bwsk.interruption import Interrupted
+        from bwsk.study.device import pick_device
+        from bwsk.study.signals import Interrupted
 
         params = write_study(args.out, args)
         device = pick_device(0 if args.cpu else 1)

@@ -43,7 +43,7 @@ def points(args: argparse.Namespace) -> list[tuple[str, str, int, int]]:
 
 def predicted(model: str, mode: str, batch: int, length: int, precision: str) -> float:
     """The predicted peak in MiB; the plain loop is stock with foreach AdamW."""
-    from bwsk.memory import predict_memory
+    from bwsk.memory.prediction import predict_memory
 
     step = {"batch": batch, "input_length": length, "target_length": length, "precision": precision}
     if mode == "plain":

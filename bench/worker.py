@@ -14,7 +14,7 @@ The rivals, at the same weights, precision and attention:
     plain          the publication's loop: foreach AdamW, the cache left on, `loss.item()` and a NaN check each step
     plain-ckpt     the same with the framework's checkpointing of whole blocks (the publication's "reversible")
     trainer…       Seq2SeqTrainer with the fused AdamW; -ckpt with checkpointing, -compile with torch_compile
-    ours-MODE-BACKEND   `bwsk.step` as `bwsk train` runs it
+    ours-MODE-BACKEND   `bwsk.study.train_step` as `bwsk train` runs it
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _windows(model: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def evaluation(model: Any, precision: str) -> Callable[[int], float]:
     """Windows per second of the published perplexity as `bwsk train` validates, in batches of 32."""
-    from bwsk.perplexity import window_nll
+    from bwsk.study.perplexity import window_nll
 
     # The fields of EvaluateParams that are read; its module needs pydantic, which a bare GPU machine may not have.
     params = SimpleNamespace(batch_size=32, precision=DTYPES[precision], max_windows=None)
@@ -201,9 +201,9 @@ def plain(gate: Gate, model: Any, source: Any, precision: str, checkpointing: bo
 def ours(gate: Gate, model: Any, source: Any, precision: str, shape: tuple[int, int, int], name: str) -> None:
     """The product's own step: `ours-conventional-eager`, `ours-reversible-graph`, …"""
     from bwsk import make_reversible
-    from bwsk.faults import keep_projection_out_of_float16
-    from bwsk.processor import keep_freed_memory
-    from bwsk.step import make_optimizer, make_step
+    from bwsk.study.cpu_tuning import keep_freed_memory
+    from bwsk.study.non_finite import keep_projection_out_of_float16
+    from bwsk.study.train_step import make_optimizer, make_step
 
     _, mode, backend = name.split("-")
     if precision == "fp16":
@@ -278,7 +278,7 @@ def main() -> None:
     device = torch.device(args.device)
     ours_too = args.rival.startswith("ours")
     if ours_too:
-        from bwsk.device import configure
+        from bwsk.study.device import configure
 
         configure(device, threads=args.threads, deterministic=True, tf32=False)  # what params.yaml has by default
     torch.set_num_threads(args.threads)

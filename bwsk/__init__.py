@@ -17,11 +17,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "classify": "bwsk.census",
-    "Census": "bwsk.census",
-    "trace": "bwsk.operations",
+    "classify": "bwsk.classification.census",
+    "Census": "bwsk.classification.census",
+    "trace": "bwsk.classification.trace",
     "make_reversible": "bwsk.reversible",
-    "predict_memory": "bwsk.memory",
+    "predict_memory": "bwsk.memory.prediction",
     "BwskError": "bwsk.errors",
 }
 __all__ = ["__version__", *_HOMES]

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from bwsk.base import make_base
-from bwsk.corpus import make_corpus
 from bwsk.files import write_json
-from bwsk.params import Params, load_params
-from bwsk.tokenizer import make_tokenizer
-from bwsk.tokens import make_tokens
+from bwsk.study.base_checkpoint import make_base
+from bwsk.study.corpus import make_corpus
+from bwsk.study.params import Params, load_params
+from bwsk.study.tokenizer import make_tokenizer
+from bwsk.study.tokens import make_tokens
 
 PARAMS: dict[str, Any] = {
     "study": {"title": "Tiny", "repository": "bwsk/tiny", "published": None},

@@ -22,8 +22,8 @@ def corpus(
     params_file: ParamsFile = _PARAMS,
 ) -> None:
     """Fetch or read the corpus and store its three splits."""
-    from bwsk.corpus import make_corpus
-    from bwsk.params import load_params
+    from bwsk.study.corpus import make_corpus
+    from bwsk.study.params import load_params
 
     info = make_corpus(load_params(params_file), out)
     for split, entry in info["splits"].items():
@@ -37,8 +37,8 @@ def tokenizer(
     corpus: Annotated[Path | None, typer.Option(help="Folder written by `bwsk corpus`; only to train one.")] = None,
 ) -> None:
     """Fetch, copy or train the tokenizer."""
-    from bwsk.params import load_params
-    from bwsk.tokenizer import make_tokenizer
+    from bwsk.study.params import load_params
+    from bwsk.study.tokenizer import make_tokenizer
 
     info = make_tokenizer(load_params(params_file), corpus, out)
     typer.echo(f"tokenizer {info['name']}: {info['vocab_size']:,} ids")
@@ -64,15 +64,15 @@ def tokens(
     from bwsk.files import write_json
 
     if text is not None:
-        from bwsk.tokens import count_text
+        from bwsk.study.tokens import count_text
 
         counts = count_text(text, tokenizer, separator, block, window, stride)
         _table([(text.name, counts)])
         if json_file is not None:
             write_json(json_file, counts)
         return
-    from bwsk.params import load_params
-    from bwsk.tokens import make_tokens
+    from bwsk.study.params import load_params
+    from bwsk.study.tokens import make_tokens
 
     info = make_tokens(load_params(params_file), corpus, tokenizer, out)
     _table(list(info["splits"].items()))
@@ -89,8 +89,8 @@ def base(
     device: Annotated[str, typer.Option(help="Where to pretrain: cpu or cuda.")] = "cpu",
 ) -> None:
     """Fetch, check or pretrain the base checkpoint."""
-    from bwsk.base import make_base
-    from bwsk.params import load_params
+    from bwsk.study.base_checkpoint import make_base
+    from bwsk.study.params import load_params
 
     info = make_base(load_params(params_file), tokenizer, tokens, out, device)
     typer.echo(f"base {info['name']}: {info['parameters']:,} parameters, sha256 {info['sha256'][:12]}")

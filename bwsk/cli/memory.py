@@ -76,7 +76,7 @@ def memory(
     from bwsk.budget import size_in_bytes
     from bwsk.cli.tables import memory_table
     from bwsk.files import write_json
-    from bwsk.memory import largest_batch, predict_memory
+    from bwsk.memory.prediction import largest_batch, predict_memory
     from bwsk.reversible.plan import MIB
 
     config = load_config(model)

@@ -30,9 +30,9 @@ def classify(
     Under the published and the strict rules.
     """
     from bwsk.architecture import load
-    from bwsk.census import classify as census_of
+    from bwsk.classification.census import classify as census_of
+    from bwsk.classification.rules.sets import RULE_SETS, rule_set
     from bwsk.files import write_json
-    from bwsk.rulesets import RULE_SETS, rule_set
 
     rule_set(rules)  # an unknown set is refused before anything is built
     module, name = load(model)
@@ -45,7 +45,7 @@ def classify(
             json, {"source": model} | chosen.to_dict() | {"differences": differences, other.rules: _totals(other)}
         )
     if figure:
-        from bwsk.skmap import draw_modules
+        from bwsk.classification.plots import draw_modules
 
         draw_modules(censuses, figure)
     _print_census(model, name, chosen, other)
@@ -147,10 +147,10 @@ def trace(
 
     And a cut of its forward pass over devices.
     """
-    from bwsk.calm import analyse, partition
+    from bwsk.classification.barriers import analyse, partition
+    from bwsk.classification.trace import trace as trace_of
     from bwsk.errors import BwskError
     from bwsk.files import write_json
-    from bwsk.operations import trace as trace_of
 
     if devices < 1:
         raise BwskError(f"--devices {devices}: must be at least 1")
@@ -164,7 +164,7 @@ def trace(
     if json:
         write_json(json, {"source": model} | result.to_dict() | {"calm": calm.to_dict(), "partition": cuts.to_dict()})
     if figure:
-        from bwsk.skmap import draw_barriers
+        from bwsk.classification.plots import draw_barriers
 
         draw_barriers(result, calm, figure)
     _print_trace(model, result, calm, cuts)

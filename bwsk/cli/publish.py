@@ -23,8 +23,8 @@ def results(
     Prints the result table as well.
     """
     from bwsk.cli.summary import print_results
-    from bwsk.params import load_params
-    from bwsk.results import collect, write_table
+    from bwsk.study.params import load_params
+    from bwsk.study.results import collect, write_table
 
     collected = collect(load_params(study / "params.yaml"), study)
     if table is not None:
@@ -39,12 +39,12 @@ def card(
     html: Annotated[Path | None, typer.Option(help="Also write the card as one HTML page to this file.")] = None,
 ) -> None:
     """Write the model card results/README.md and its figures."""
-    from bwsk import card as cards
     from bwsk.files import write_text
-    from bwsk.layout import TEMPLATE
-    from bwsk.params import load_params
-    from bwsk.results import read_results
-    from bwsk.staleness import current_results, current_training
+    from bwsk.study import card as cards
+    from bwsk.study.params import load_params
+    from bwsk.study.repository import TEMPLATE
+    from bwsk.study.results import read_results
+    from bwsk.study.staleness import current_results, current_training
 
     params = load_params(study / "params.yaml")
     collected = current_results(params, study, read_results(study))
@@ -64,10 +64,10 @@ def check(
 
     Layout, loading and generating, JSON, card, hashes. Nothing is fetched.
     """
-    from bwsk import check as checks
     from bwsk.cli.output import console, table
-    from bwsk.layout import TEMPLATE
-    from bwsk.params import load_params
+    from bwsk.study import check as checks
+    from bwsk.study.params import load_params
+    from bwsk.study.repository import TEMPLATE
 
     done = checks.verify(load_params(study / "params.yaml"), study, template or TEMPLATE)
     checks.write_checks(done, study)

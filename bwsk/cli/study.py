@@ -33,15 +33,15 @@ def train(
 
     After an interruption, give the same command again: it continues from its last checkpoint.
     """
-    from bwsk.device import pick_device
-    from bwsk.faults import is_out_of_memory
     from bwsk.files import require_writable
-    from bwsk.free_memory import free_memory
-    from bwsk.inputs import Inputs
-    from bwsk.interruption import Interrupted
     from bwsk.locks import wait_lock
-    from bwsk.params import load_params
-    from bwsk.train import Run, finished
+    from bwsk.memory.available import free_memory
+    from bwsk.study.device import pick_device
+    from bwsk.study.non_finite import is_out_of_memory
+    from bwsk.study.params import load_params
+    from bwsk.study.signals import Interrupted
+    from bwsk.study.train import Run, finished
+    from bwsk.study.train_inputs import Inputs
 
     params = load_params(params_file)
     params.split_variant(variant)
@@ -71,7 +71,7 @@ def train(
     if oom:  # out of the handler: the failed step's tensors, which its traceback holds, are free by now
         from transformers import AutoConfig
 
-        from bwsk.memory import out_of_memory
+        from bwsk.memory.prediction import out_of_memory
 
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         raise out_of_memory(params, variant, config, device, free)
@@ -101,11 +101,11 @@ def evaluate(
 
     On any text (--text), or on a study's validation and test split (--params).
     """
-    from bwsk import evaluate as evaluation
     from bwsk.cli.tables import evaluation_table
     from bwsk.errors import BwskError
     from bwsk.files import read_json, write_json
-    from bwsk.params import EvaluateParams, load_params
+    from bwsk.study import evaluate as evaluation
+    from bwsk.study.params import EvaluateParams, load_params
 
     if (text is None) == (params_file is None):
         raise BwskError("evaluate: give either --text FILE or --params FILE")

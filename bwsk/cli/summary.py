@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.markup import escape
 
-from bwsk.card import ABSENT, compact, number, percent
 from bwsk.cli.output import console, numbers, say, table
+from bwsk.study.card import ABSENT, compact, number, percent
 
 
 def print_results(collected: dict[str, Any]) -> None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from bwsk.card import ABSENT, number
 from bwsk.cli.output import console, numbers, say, table
-from bwsk.compare import FIGURES, Change
+from bwsk.study.card import ABSENT, number
+from bwsk.study.compare import FIGURES, Change
 
 if TYPE_CHECKING:  # these import torch, for which compare need not wait
-    from bwsk.memory import Prediction
+    from bwsk.memory.prediction import Prediction
     from bwsk.reversible.plan import Plan, Row
 
 MIB = 2**20

@@ -18,7 +18,7 @@ def show(study: Study = _HERE) -> None:
     """Print a study's results and the verdicts on the published claims."""
     from bwsk.cli.output import console, say
     from bwsk.cli.summary import print_results
-    from bwsk.results import read_results
+    from bwsk.study.results import read_results
 
     print_results(read_results(study))
     path = study / "results" / "README.md"
@@ -40,8 +40,8 @@ def doctor(
     from rich.console import Console
     from rich.markup import escape
 
-    from bwsk.doctor import as_json, examine, runs
     from bwsk.files import write_json
+    from bwsk.study.doctor import as_json, examine, runs
 
     if study is None and Path("params.yaml").is_file():
         study = Path(".")
@@ -70,7 +70,7 @@ def schema(
     import json
 
     from bwsk.files import write_json
-    from bwsk.params import json_schema
+    from bwsk.study.params import json_schema
 
     if out is None:
         print(json.dumps(json_schema(), indent=2))

@@ -22,7 +22,7 @@ def stages(
 
     Each of them asks Snakemake for one artifact.
     """
-    from bwsk import stages as graph
+    from bwsk.study import dvc_stages as graph
 
     if check:
         graph.check(study)
@@ -36,7 +36,7 @@ def record(study: Study = _HERE) -> None:
 
     Runs nothing again; refuses what is incomplete or stale.
     """
-    from bwsk import versions
+    from bwsk.study import dvc_sync as versions
 
     versions.record(study, typer.echo)
 
@@ -47,7 +47,7 @@ def restore(study: Study = _HERE) -> None:
 
     Tells Snakemake that they are up to date, and names what is missing.
     """
-    from bwsk import versions
+    from bwsk.study import dvc_sync as versions
 
     versions.restore(study, typer.echo)
 
@@ -63,7 +63,7 @@ def compare(
     A table of parameters, figures, verdicts and weights.
     """
     from bwsk.cli.tables import compare_table
-    from bwsk.compare import changes, load_side
+    from bwsk.study.compare import changes, load_side
 
     found = changes(load_side(a, study), load_side(b, study))
     if found:

@@ -11,9 +11,11 @@ from torch import nn
 from bwsk.architecture import model_class
 from bwsk.budget import NAMED, parse_budget
 from bwsk.errors import BwskError
-from bwsk.memory_step import PRECISIONS, require_one_of, require_shape, stock_peak
-from bwsk.reversible import general, t5, t5_costs
+from bwsk.memory.fake_step import PRECISIONS, require_one_of, require_shape, stock_peak
+from bwsk.reversible import checkpointed as general
 from bwsk.reversible.plan import Plan, met, solve
+from bwsk.reversible.t5 import costs as t5_costs
+from bwsk.reversible.t5 import engine as t5
 
 # The batch that a named budget is planned for when none is given: the published study's.
 DEFAULT_SHAPE = (4, 256, 256)

@@ -21,10 +21,10 @@ from functools import cache
 from typing import Any
 
 from bwsk.budget import Budget
+from bwsk.classification.operators import Subject
+from bwsk.classification.rules.sets import rule_set
 from bwsk.errors import BwskError
-from bwsk.memory_tracker import MIB
-from bwsk.operators import Subject
-from bwsk.rulesets import rule_set
+from bwsk.memory.allocation_log import MIB
 
 
 @dataclass(frozen=True)

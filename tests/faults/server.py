@@ -35,12 +35,12 @@ def preload() -> None:
     import transformers.models.t5.modeling_t5
     import transformers.models.t5.tokenization_t5  # noqa: F401
 
+    import bwsk.classification.erasure
     import bwsk.cli
-    import bwsk.erasure
-    import bwsk.evaluate
-    import bwsk.faults
-    import bwsk.reversible.t5
-    import bwsk.train  # noqa: F401
+    import bwsk.reversible.t5.engine
+    import bwsk.study.evaluate
+    import bwsk.study.non_finite
+    import bwsk.study.train  # noqa: F401
 
 
 def serve() -> None:

@@ -17,12 +17,12 @@ pytestmark = pytest.mark.faults
 # What is taken out: file, text, what stands there instead.
 MUTATIONS = {
     "checksum": (
-        "checkpoint.py",
+        "study/checkpoint.py",
         "if not file.is_file() or sha256_file(file) != sha256:",
         "if not file.is_file():",
     ),
     "atomic rename of a checkpoint": (
-        "checkpoint.py",
+        "study/checkpoint.py",
         "new = partial / target.name\n                new.mkdir()",
         "new = target\n                new.mkdir(exist_ok=True)",
     ),
@@ -31,9 +31,9 @@ MUTATIONS = {
         "            yield partial\n            written",
         "            yield path\n            written",
     ),
-    "random state": ("checkpoint.py", '    torch.set_rng_state(states["cpu"])\n', ""),
-    "optimizer state": ("train.py", 'restore_optimizer(self.optimizer, tensors["optimizer"])', "pass"),
-    "best model": ("train.py", 'self.best = tensors.get("best")', "self.best = dict(tensors['model'])"),
+    "random state": ("study/checkpoint.py", '    torch.set_rng_state(states["cpu"])\n', ""),
+    "optimizer state": ("study/train.py", 'restore_optimizer(self.optimizer, tensors["optimizer"])', "pass"),
+    "best model": ("study/train.py", 'self.best = tensors.get("best")', "self.best = dict(tensors['model'])"),
     "abandoned partial folders": (
         "files.py",
         "            shutil.rmtree(folder, ignore_errors=True)\n",

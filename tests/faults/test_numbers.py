@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bwsk import faults
 from bwsk.errors import BwskError
 from bwsk.files import sha256_file
-from bwsk.inputs import Inputs
-from bwsk.model import ATTENTION, load_model
-from bwsk.params import Params
 from bwsk.reversible import make_reversible
-from bwsk.train import Run
+from bwsk.study import non_finite as faults
+from bwsk.study.model import ATTENTION, load_model
+from bwsk.study.params import Params
+from bwsk.study.train import Run
+from bwsk.study.train_inputs import Inputs
 from tests.faults.conftest import Cases
 from tests.faults.harness import Server
 from tests.tiny import write_params
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bwsk.train.check_precision", lambda key, precision, device: None)
+    monkeypatch.setattr("bwsk.study.train.check_precision", lambda key, precision, device: None)
 
 
 def new_run(cases: Cases, tmp_path: Path, variant: str = "finetune-conventional", **train: object) -> Run:

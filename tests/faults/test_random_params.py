@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bwsk.errors import BwskError
-from bwsk.params import load_params
+from bwsk.study.params import load_params
 from tests.tiny import PARAMS
 
 SCALARS = st.one_of(

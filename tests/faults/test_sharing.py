@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from bwsk.device import claim, visible_gpus
 from bwsk.files import partial_folder, sha256_file
 from bwsk.locks import holder, try_lock, wait_lock
+from bwsk.study.device import claim, visible_gpus
 from tests.faults.conftest import Cases
 from tests.faults.harness import PROJECT, Server
 
@@ -23,7 +23,7 @@ from tests.faults.harness import PROJECT, Server
 JOB = """
 import os, sys
 from pathlib import Path
-from bwsk.device import claim, visible_gpus
+from bwsk.study.device import claim, visible_gpus
 names = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), 4)
 index, lock = claim(names, Path(sys.argv[1]), lambda text: print("says", text, flush=True))
 print("has", names[index], flush=True)

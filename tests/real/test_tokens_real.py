@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bwsk.corpus import make_corpus, read_text_rows
 from bwsk.files import read_json
-from bwsk.params import Params
-from bwsk.tokenizer import load_tokenizer, make_tokenizer, sentinel_ids, vocabulary_size
-from bwsk.tokens import count_text, load_tokens, make_tokens
+from bwsk.study.corpus import make_corpus, read_text_rows
+from bwsk.study.params import Params
+from bwsk.study.tokenizer import load_tokenizer, make_tokenizer, sentinel_ids, vocabulary_size
+from bwsk.study.tokens import count_text, load_tokens, make_tokens
 
 DATA = Path(os.environ.get("BWSK_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bwsk import publication
-from bwsk.claims import judge
-from bwsk.comparability import differences
-from bwsk.params import Params, load_params
-from bwsk.results import FIGURES
+from bwsk.study import publication
+from bwsk.study.claims import judge
+from bwsk.study.comparability import differences
+from bwsk.study.params import Params, load_params
+from bwsk.study.results import FIGURES
 
 ROOT = Path(__file__).parents[2]
 SHA = "0" * 64
@@ -79,7 +79,7 @@ def published_results(params: Params) -> dict[str, Any]:
 
 
 def with_claims(params: Params, results: dict[str, Any]) -> dict[str, Any]:
-    """As `bwsk.results` completes what it has gathered."""
+    """As `bwsk.study.results` completes what it has gathered."""
     differing = [difference.text for difference in differences(params, results)]
     comparable = params.study.published is not None and not differing
     return {**results, "comparable": comparable, "differences": differing, "claims": judge(params, results)}

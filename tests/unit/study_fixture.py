@@ -13,17 +13,17 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from bwsk.base import make_base
-from bwsk.census import classify
-from bwsk.corpus import embedded, make_corpus
-from bwsk.evaluate import evaluate_variant
+from bwsk.classification.census import classify
 from bwsk.files import write_json
-from bwsk.inputs import Inputs
-from bwsk.params import SPLITS, Params, load_params
-from bwsk.results import collect
-from bwsk.tokenizer import make_tokenizer
-from bwsk.tokens import make_tokens
-from bwsk.train import Run
+from bwsk.study.base_checkpoint import make_base
+from bwsk.study.corpus import embedded, make_corpus
+from bwsk.study.evaluate import evaluate_variant
+from bwsk.study.params import SPLITS, Params, load_params
+from bwsk.study.results import collect
+from bwsk.study.tokenizer import make_tokenizer
+from bwsk.study.tokens import make_tokens
+from bwsk.study.train import Run
+from bwsk.study.train_inputs import Inputs
 
 PARAMS = """\
 study: {title: Tiny study, repository: bwsk/tiny, published: t5-small}
@@ -110,8 +110,8 @@ def _make(root: Path, patch: pytest.MonkeyPatch) -> None:
 
 def publish(params: Params, root: Path) -> None:
     """Collect the results of the study in `root` and write its card, whatever was done to its files before."""
-    from bwsk.card import write_card
-    from bwsk.staleness import current_training
+    from bwsk.study.card import write_card
+    from bwsk.study.staleness import current_training
 
     results = collect(params, root)
     trainings = {name: current_training(params, root, name, None) for name in params.variant_names}

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from bwsk.base import load_checkpoint, make_base
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file
-from bwsk.params import Params, load_params
-from bwsk.pretrain import corrupt, corruption
-from bwsk.tokenizer import load_tokenizer, make_tokenizer
+from bwsk.study.base_checkpoint import load_checkpoint, make_base
+from bwsk.study.params import Params, load_params
+from bwsk.study.pretrain import corrupt, corruption
+from bwsk.study.tokenizer import load_tokenizer, make_tokenizer
 from tests.unit.hub_stand_in import EXPIRED, REVISION, hub
 from tests.unit.study_fixture import DEMO
 
@@ -130,7 +130,8 @@ def test_pretraining_learns_and_stores_a_checkpoint(pretrained: Path, data: Path
 
 def test_pretraining_gives_the_same_bytes_in_another_process(pretrained: Path, data: Path, tmp_path: Path) -> None:
     script = (
-        "import json, sys; from pathlib import Path; from bwsk.base import make_base; from bwsk.params import Params\n"
+        "import json, sys; from pathlib import Path\n"
+        "from bwsk.study.base_checkpoint import make_base; from bwsk.study.params import Params\n"
         "data, out = Path(sys.argv[1]), Path(sys.argv[2])\n"
         "make_base(Params.model_validate(json.load(sys.stdin)), data / 'tokenizer', data / 'tokens', out)\n"
     )
@@ -335,9 +336,9 @@ def test_from_the_hub_without_code_and_pickles(pretrained: Path, data: Path, tmp
     script = """
 import json, sys
 from pathlib import Path
-from bwsk.base import make_base
+from bwsk.study.base_checkpoint import make_base
 from bwsk.errors import BwskError
-from bwsk.params import Params
+from bwsk.study.params import Params
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
 for values in json.load(sys.stdin):
     try:

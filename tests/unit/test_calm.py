@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import T5Config
 
-from bwsk.calm import analyse, partition
+from bwsk.classification.barriers import analyse, partition
+from bwsk.classification.recorder import Operation
+from bwsk.classification.trace import Trace, trace
 from bwsk.errors import BwskError
-from bwsk.operations import Trace, trace
-from bwsk.recorder import Operation
 
 TINY = T5Config(d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=50, decoder_start_token_id=0)
 

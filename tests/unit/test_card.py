@@ -13,11 +13,11 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from bwsk.card import check_header, duration, escaped, html, render, write_card
 from bwsk.errors import BwskError
-from bwsk.layout import FIGURES
-from bwsk.params import Params
-from bwsk.results import read_results
+from bwsk.study.card import check_header, duration, escaped, html, render, write_card
+from bwsk.study.params import Params
+from bwsk.study.repository import FIGURES
+from bwsk.study.results import read_results
 from tests.unit.published_results import ROOT, published_params, published_results, with_claims
 
 PARAMS = published_params()

@@ -25,11 +25,11 @@ from transformers import (
 
 from bwsk import classify
 from bwsk.architecture import build
-from bwsk.census import Census
+from bwsk.classification.census import Census
+from bwsk.classification.identify import identify
+from bwsk.classification.rules.rule import RuleSet
+from bwsk.classification.rules.sets import rule_set
 from bwsk.errors import BwskError
-from bwsk.kinds import identify
-from bwsk.rules import RuleSet
-from bwsk.rulesets import rule_set
 
 T5_SMALL = T5Config(d_model=512, d_ff=2048, d_kv=64, num_layers=6, num_heads=8, vocab_size=32128)
 PUBLISHED = {  # model: S, K (model card, PROTOCOL)

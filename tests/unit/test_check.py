@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bwsk.check import verify, write_checks
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file, write_json
-from bwsk.layout import SETTINGS
-from bwsk.params import Params
+from bwsk.study.check import verify, write_checks
+from bwsk.study.params import Params
+from bwsk.study.repository import SETTINGS
 from tests.unit.study_fixture import publish
 
 NAME = "finetune-bwsk-analyzed"

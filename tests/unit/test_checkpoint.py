@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bwsk.checkpoint import (
+from bwsk.errors import BwskError
+from bwsk.files import sha256_json
+from bwsk.study.checkpoint import (
     Checkpoints,
     optimizer_state,
     random_states,
     restore_optimizer,
     restore_random_states,
 )
-from bwsk.errors import BwskError
-from bwsk.files import sha256_json
 
 CPU = torch.device("cpu")
 IDENTITY = {"lr": 0.1}

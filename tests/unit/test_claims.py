@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from bwsk import publication
-from bwsk.claims import Identical, Tolerance, claims, judge
-from bwsk.comparability import differences
-from bwsk.params import Params
+from bwsk.study import publication
+from bwsk.study.claims import Identical, Tolerance, claims, judge
+from bwsk.study.comparability import differences
+from bwsk.study.params import Params
 from tests.unit.published_results import ROOT, published_params, published_results
 
 PARAMS = published_params()

@@ -29,7 +29,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def gray(tmp_path, monkeypatch):
     """A model that no rule fully covers, as far as the commands can see."""
-    from bwsk.rulesets import rule_set
+    from bwsk.classification.rules.sets import rule_set
 
     for rules in (rule_set("strict"), rule_set("published")):
         monkeypatch.setattr(rules, "rules", {k: v for k, v in rules.rules.items() if k != "relu"})

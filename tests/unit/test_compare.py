@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bwsk.compare import Change, changes, load_side
 from bwsk.errors import BwskError
 from bwsk.files import read_json, write_json
+from bwsk.study.compare import Change, changes, load_side
 
 
 def altered(root: Path, seed: int, loss: float) -> None:

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from bwsk.corpus import embedded, make_corpus, read_rows, read_text_rows, split_lines
 from bwsk.errors import BwskError
 from bwsk.files import read_json
-from bwsk.params import SPLITS, Params, load_params
+from bwsk.study.corpus import embedded, make_corpus, read_rows, read_text_rows, split_lines
+from bwsk.study.params import SPLITS, Params, load_params
 from tests.unit.hub_stand_in import REVISION, hub
 
 DEMO = Path(__file__).parents[2] / "demo" / "params.yaml"
@@ -304,9 +304,9 @@ def test_what_the_hub_has_not(dataset: Path, tmp_path: Path) -> None:
     script = """
 import json, sys
 from pathlib import Path
-from bwsk.corpus import make_corpus
+from bwsk.study.corpus import make_corpus
 from bwsk.errors import BwskError
-from bwsk.params import Params
+from bwsk.study.params import Params
 for values in json.load(sys.stdin):
     try:
         make_corpus(Params.model_validate(values), Path(sys.argv[1]))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bwsk import hub
-from bwsk.doctor import Finding, as_json, examine, runs
+from bwsk.study import hub
+from bwsk.study.doctor import Finding, as_json, examine, runs
 from tests.unit.hub_stand_in import hub as stand_in
 
 ROOT = Path(__file__).parents[2]

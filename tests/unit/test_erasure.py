@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
-from bwsk.erasure import ErasureMeter
+from bwsk.classification.erasure import ErasureMeter
 
 
 def _t5(attention: str = "sdpa", dropout: float = 0.1) -> T5ForConditionalGeneration:
@@ -188,7 +188,7 @@ def test_a_failing_forward_puts_everything_back():
 
 
 def test_large_attention_is_sampled(monkeypatch):
-    monkeypatch.setattr("bwsk.erasure._SCORES", 64)
+    monkeypatch.setattr("bwsk.classification.erasure._SCORES", 64)
     result = ErasureMeter(_t5("sdpa", 0.0)).measure(_batch())["kinds"]["attention"]
     assert result["rows"] < 2 * 4 * 16 * 6
     assert result["entropy_bits"] > 0

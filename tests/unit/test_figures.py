@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.image import imread
 
-from bwsk.figures import _log_scale, draw
 from bwsk.files import read_json
-from bwsk.layout import FIGURES
-from bwsk.params import Params
-from bwsk.results import read_results
+from bwsk.study.params import Params
+from bwsk.study.plots import _log_scale, draw
+from bwsk.study.repository import FIGURES
+from bwsk.study.results import read_results
 from tests.unit.published_results import published_params, published_results
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bwsk.free_memory import MIB, _groups, free_host_memory, free_memory, resident_memory
+from bwsk.memory.available import MIB, _groups, free_host_memory, free_memory, resident_memory
 
 
 def test_the_machine_tells() -> None:
@@ -29,7 +29,7 @@ def test_the_machine_tells() -> None:
 def test_a_limit_of_the_address_space_counts() -> None:
     program = """
 import resource
-from bwsk.free_memory import free_host_memory
+from bwsk.memory.available import free_host_memory
 mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + 300 * 2**20, resource.RLIM_INFINITY))
 print(free_host_memory())

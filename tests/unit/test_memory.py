@@ -12,7 +12,7 @@ from transformers import BartConfig, BertConfig, CLIPConfig, GPT2Config, T5Confi
 from typer.testing import CliRunner
 
 from bwsk import BwskError, predict_memory
-from bwsk.memory import largest_batch
+from bwsk.memory.prediction import largest_batch
 from bwsk.reversible.handle import plan_of
 
 STEP = {"batch": 4, "input_length": 256, "target_length": 256}

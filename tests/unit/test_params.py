@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bwsk.errors import BwskError
-from bwsk.params import Params, json_schema, load_params
+from bwsk.study.params import Params, json_schema, load_params
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "params.yaml"

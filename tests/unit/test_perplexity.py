@@ -12,8 +12,8 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 
 from bwsk import make_reversible
 from bwsk.errors import BwskError
-from bwsk.params import EvaluateParams
-from bwsk.perplexity import perplexity, published_perplexity
+from bwsk.study.params import EvaluateParams
+from bwsk.study.perplexity import perplexity, published_perplexity
 
 WINDOW, STRIDE = 16, 4
 
@@ -55,7 +55,7 @@ def test_the_published_protocol_is_the_plain_loop(model: T5ForConditionalGenerat
 def test_the_windows_that_are_projected_together_do_not_change_the_result(
     model: T5ForConditionalGeneration, tokens: np.ndarray, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bwsk.perplexity.ROWS_AT_ONCE", rows)
+    monkeypatch.setattr("bwsk.study.perplexity.ROWS_AT_ONCE", rows)
     test_the_published_protocol_is_the_plain_loop(model, tokens)
 
 

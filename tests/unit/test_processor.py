@@ -34,7 +34,7 @@ def answer(code: str) -> Any:
 @ONEDNN
 def test_products_are_as_exact_and_small_ones_unchanged() -> None:
     found = answer("""
-from bwsk.processor import WORTH_IT, multiply_by_onednn
+from bwsk.study.cpu_tuning import WORTH_IT, multiply_by_onednn
 torch.manual_seed(0)
 def products(rows, inner, columns):
     x, w, g = torch.randn(rows, inner), torch.randn(columns, inner), torch.randn(rows, columns)
@@ -72,7 +72,7 @@ def test_the_reversible_engine_has_the_stock_bits_with_them(budget: str) -> None
 import copy
 from transformers import T5Config, T5ForConditionalGeneration
 from bwsk import make_reversible
-from bwsk.processor import multiply_by_onednn
+from bwsk.study.cpu_tuning import multiply_by_onednn
 torch.manual_seed(0)
 config = T5Config(d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, vocab_size=300, decoder_start_token_id=0)
 config._attn_implementation = "eager"
@@ -118,7 +118,7 @@ def fresh():
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20
 found = min(fresh() for _ in range(10))  # the first ones, until the holes fit
 """
-    kept = "from bwsk.processor import keep_freed_memory\nassert keep_freed_memory()"
+    kept = "from bwsk.study.cpu_tuning import keep_freed_memory\nassert keep_freed_memory()"
     assert answer(code.format(settings=kept)) < 5
     assert answer(code.format(settings="")) > 130
 
@@ -128,8 +128,8 @@ def test_a_process_that_can_have_little_more_keeps_nothing() -> None:
     """At its peak it has half of all that it can have, so that a heap full of holes could be too much."""
     keeps, fresh = answer("""
 import resource
-from bwsk.free_memory import free_host_memory, resident_memory
-from bwsk.processor import keep_freed_memory
+from bwsk.memory.available import free_host_memory, resident_memory
+from bwsk.study.cpu_tuning import keep_freed_memory
 def work():
     torch.ones(200 << 18)
 def limit(mib):
@@ -154,7 +154,7 @@ found = [keeps, fresh]
 def test_holes_in_the_heap_are_given_back() -> None:
     """Large blocks that are freed between small ones that stay."""
     found = answer("""
-from bwsk.processor import give_back_freed_memory, keep_freed_memory
+from bwsk.study.cpu_tuning import give_back_freed_memory, keep_freed_memory
 keep_freed_memory()
 def resident():
     with open("/proc/self/statm") as file:

@@ -11,8 +11,8 @@ import textwrap
 
 import pytest
 
-from bwsk import progress as module
-from bwsk.progress import progress
+from bwsk.study import progress as module
+from bwsk.study.progress import progress
 
 
 def test_log_lines_name_the_step_the_share_the_fields_and_the_end() -> None:
@@ -103,7 +103,7 @@ def on_a_terminal(script: str, columns: int) -> str:
 def test_a_terminal_gets_a_bar_with_description_count_and_fields() -> None:
     script = textwrap.dedent(
         """
-        from bwsk.progress import progress
+        from bwsk.study.progress import progress
         with progress(3, "train [demo]", unit="step") as bar:
             for _ in range(3):
                 bar.advance(1, loss=1.5, tokens="9/s")
@@ -118,7 +118,7 @@ def test_a_terminal_gets_a_bar_with_description_count_and_fields() -> None:
 
 def test_a_narrow_terminal_cuts_the_details_and_keeps_bar_count_and_time() -> None:
     script = (
-        "from bwsk.progress import progress\n"
+        "from bwsk.study.progress import progress\n"
         "with progress(1026, 'train finetune-bwsk-reversible') as bar:\n"
         "    bar.advance(500, loss=4.957, validation='done', perplexity=94.77)\n"
     )
@@ -132,7 +132,7 @@ def test_a_narrow_terminal_cuts_the_details_and_keeps_bar_count_and_time() -> No
 
 
 def test_the_same_script_in_a_pipe_writes_no_escape_sequences() -> None:
-    script = "from bwsk.progress import progress\nwith progress(2, 'a') as bar:\n    bar.advance(2)\n"
+    script = "from bwsk.study.progress import progress\nwith progress(2, 'a') as bar:\n    bar.advance(2)\n"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
     assert "a: 2/2 step (100%)" in result.stderr
     assert "\x1b" not in result.stderr

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from bwsk import provenance
 from bwsk.cli import GROUPS
 from bwsk.cli.app import app
-from bwsk.params import Params, load_params
-from bwsk.provenance import STEPS, identity, imported, source_digest, source_files, versions
+from bwsk.study import provenance
+from bwsk.study.params import Params, load_params
+from bwsk.study.provenance import STEPS, identity, imported, source_digest, source_files, versions
 
 DEMO = Path(__file__).parents[2] / "demo" / "params.yaml"
 VARIANTS = [
@@ -97,11 +97,12 @@ def test_every_parameter_belongs_to_some_step() -> None:
 
 
 def test_source_files_follow_imports_wherever_they_stand() -> None:
-    names = {path.relative_to(provenance.PACKAGE).as_posix() for path in source_files("tokens")}
-    assert {"tokens.py", "corpus.py", "tokenizer.py", "hub.py", "files.py", "params.py", "errors.py"} <= names
-    assert "progress.py" in names  # imported inside a function
-    assert not {"base.py", "train.py", "cli/data.py"} & names
-    assert "base.py" in {path.name for path in source_files("base")}
+    names = {path.relative_to(provenance.PACKAGE).as_posix() for path in source_files("study.tokens")}
+    assert {"study/tokens.py", "study/corpus.py", "study/tokenizer.py", "study/hub.py", "study/params.py"} <= names
+    assert {"files.py", "errors.py"} <= names
+    assert "study/progress.py" in names  # imported inside a function
+    assert not {"study/base_checkpoint.py", "study/train.py", "cli/data.py"} & names
+    assert "base_checkpoint.py" in {path.name for path in source_files("study.base_checkpoint")}
 
 
 def test_all_that_a_command_imports_is_source_of_its_step() -> None:
@@ -109,11 +110,11 @@ def test_all_that_a_command_imports_is_source_of_its_step() -> None:
     for group in GROUPS:
         import_module(f"bwsk.cli.{group}")
     commands = {command.callback.__name__: command.callback for command in app.registered_commands}
-    for step, modules in {**{name: modules for name, (modules, _) in STEPS.items()}, "train": ["train"]}.items():
+    for step, modules in {**{name: modules for name, (modules, _) in STEPS.items()}, "train": ["study.train"]}.items():
         called = {path for path in imported(inspect.getsource(commands[step])) if path.parent.name != "cli"}
         missed = {path.stem for path in called - set(source_files(*modules))}
         # The workflow has no figure of classify; what memory knows is the advice when training runs out of it.
-        assert missed == {"classify": {"skmap"}, "train": {"memory"}}.get(step, set()), step
+        assert missed == {"classify": {"plots"}, "train": {"prediction"}}.get(step, set()), step
 
 
 def test_the_digest_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,23 +126,23 @@ def test_the_digest_follows_the_source(tmp_path: Path, monkeypatch: pytest.Monke
         return source_digest(module)
 
     monkeypatch.setattr(provenance, "PACKAGE", copy)
-    tokens, corpus = digest("tokens"), digest("corpus")
-    with open(copy / "tokens.py", "a", encoding="utf-8") as file:
+    tokens, corpus = digest("study.tokens"), digest("study.corpus")
+    with open(copy / "study/tokens.py", "a", encoding="utf-8") as file:
         file.write("# a remark\n")
-    assert digest("tokens") != tokens
-    assert digest("corpus") == corpus
+    assert digest("study.tokens") != tokens
+    assert digest("study.corpus") == corpus
     with open(copy / "errors.py", "a", encoding="utf-8") as file:
         file.write("# a remark\n")
-    assert digest("corpus") != corpus
+    assert digest("study.corpus") != corpus
     monkeypatch.undo()
-    assert digest("tokens") == tokens
+    assert digest("study.tokens") == tokens
 
 
 def test_the_digest_is_the_same_in_every_process() -> None:
-    code = "from bwsk.provenance import source_digest; print(source_digest('base'))"
+    code = "from bwsk.study.provenance import source_digest; print(source_digest('study.base_checkpoint'))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     source_digest.cache_clear()
-    assert result.stdout.strip() == source_digest("base")
+    assert result.stdout.strip() == source_digest("study.base_checkpoint")
 
 
 def test_versions_name_what_decides_numbers() -> None:

@@ -19,9 +19,9 @@ from rich.console import Console
 from bwsk.cli import summary
 from bwsk.errors import BwskError
 from bwsk.files import read_json, write_json
-from bwsk.params import Params, load_params
-from bwsk.results import FIGURES, collect, gather, read_results, write_table
-from bwsk.staleness import current_training, difference
+from bwsk.study.params import Params, load_params
+from bwsk.study.results import FIGURES, collect, gather, read_results, write_table
+from bwsk.study.staleness import current_training, difference
 
 VARIANT = "scratch-bwsk-analyzed"
 Edit = Callable[[dict[str, Any]], None]

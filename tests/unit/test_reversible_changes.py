@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from bwsk import BwskError, make_reversible
-from bwsk.reversible.t5_rule import changed
+from bwsk.reversible.t5.rule import changed
 from tests.unit.test_reversible_gradients import batch, differences, pair, reversible, train
 
 

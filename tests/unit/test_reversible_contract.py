@@ -11,10 +11,10 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from bwsk import BwskError, make_reversible
-from bwsk.memory_tracker import cuda_accounting
+from bwsk.memory.allocation_log import cuda_accounting
 from bwsk.reversible.dropout import drop, drop_backward, pack_bits, redrop, unpack_bits
-from bwsk.reversible.embedding import touched_rows
 from bwsk.reversible.plan import MIB
+from bwsk.reversible.t5.tied_embedding import touched_rows
 from tests.unit.test_reversible_gradients import batch, differences, pair, train
 
 T5_SMALL = {

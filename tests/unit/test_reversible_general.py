@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from bwsk import BwskError, make_reversible
-from bwsk.reversible import general
+from bwsk.reversible import checkpointed as general
 from tests.unit.test_reversible_gradients import batch, differences, pair
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}

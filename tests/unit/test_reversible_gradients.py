@@ -10,9 +10,9 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5ForSequenceClassification
 
 from bwsk import make_reversible
-from bwsk.faults import keep_projection_out_of_float16
-from bwsk.memory_tracker import cuda_rules
-from bwsk.reversible.loss import chunked_cross_entropy
+from bwsk.memory.allocation_log import cuda_rules
+from bwsk.reversible.cross_entropy import chunked_cross_entropy
+from bwsk.study.non_finite import keep_projection_out_of_float16
 
 torch.set_num_threads(1)
 LEVELS = ["fast", "max", "entry", "qkv"]
@@ -42,7 +42,7 @@ def reversible(model: nn.Module, budget: str = "fast"):
         model, budget if budget in ("fast", "balanced") else "max", batch=3, input_length=11, target_length=7
     )
     if budget in ("max", "entry", "qkv"):
-        from bwsk.reversible.t5 import install, sublayers
+        from bwsk.reversible.t5.engine import install, sublayers
 
         handle.undo()
         names = list(sublayers(model))
@@ -338,7 +338,7 @@ def test_control_non_reentrant_checkpointing_agrees():
 def test_control_flipped_mask_bit_is_caught(monkeypatch):
     stock, ours = pair()
     reversible(ours, "fast")
-    from bwsk.reversible import attention
+    from bwsk.reversible.t5 import attention
 
     first = []
 
@@ -358,7 +358,7 @@ def test_control_flipped_mask_bit_is_caught(monkeypatch):
 def test_control_other_accumulation_order_is_caught(monkeypatch):
     stock, ours = pair()
     reversible(ours, "fast")
-    from bwsk.reversible import sublayer
+    from bwsk.reversible.t5 import nodes as sublayer
 
     def reordered(*args):
         g_x, g_bias, (from_v, from_k), weights = real(*args)

@@ -14,15 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import bwsk
-from bwsk.convolution import convolution, transposed_convolution
-from bwsk.dataflow import dispatched
+from bwsk.classification.convolution import convolution, transposed_convolution
+from bwsk.classification.dataflow import dispatched
+from bwsk.classification.identify import identify
+from bwsk.classification.operators import Operator
+from bwsk.classification.rules.rule import KINDS, Rule, RuleSet
+from bwsk.classification.rules.sets import rule_set
+from bwsk.classification.rules.strict import BY_NAME, SPECIMENS, keeps_dimensions
+from bwsk.classification.witness import Residue, Specimen, Verdict, WitnessError
 from bwsk.errors import BwskError
-from bwsk.kinds import identify
-from bwsk.operators import Operator
-from bwsk.rules import KINDS, Rule, RuleSet
-from bwsk.ruleset_strict import BY_NAME, SPECIMENS, keeps_dimensions
-from bwsk.rulesets import rule_set
-from bwsk.witness import Residue, Specimen, Verdict, WitnessError
 
 STRICT = list(rule_set("strict"))
 PUBLISHED = list(rule_set("published"))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bwsk.params import TrainParams
-from bwsk.schedule import Schedule
+from bwsk.study.params import TrainParams
+from bwsk.study.schedule import Schedule
 
 
 def test_the_published_run_has_its_number_of_steps_and_validations() -> None:

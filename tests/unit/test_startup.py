@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bwsk.provenance import PACKAGE
+from bwsk.study.provenance import PACKAGE
 
 HEAVY = {"torch", "transformers", "numpy", "datasets", "snakemake", "dvc", "pandas", "matplotlib"}
 
@@ -33,11 +33,11 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_what_the_snakefile_imports_is_light() -> None:
-    assert not imported("import bwsk.params, bwsk.provenance, bwsk.errors") & (HEAVY - {"snakemake"})
+    assert not imported("import bwsk.study.params, bwsk.study.provenance, bwsk.errors") & (HEAVY - {"snakemake"})
 
 
 def test_a_step_on_a_bare_gpu_machine_needs_no_validation_of_parameters() -> None:
-    code = "import bwsk.step, bwsk.device, bwsk.perplexity, bwsk.reversible"
+    code = "import bwsk.study.train_step, bwsk.study.device, bwsk.study.perplexity, bwsk.reversible"
     found = imported(code)
     assert "torch" in found
     assert "pydantic" not in found

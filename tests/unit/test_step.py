@@ -13,10 +13,10 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5 import modeling_t5
 
 from bwsk import make_reversible
-from bwsk.device import configure
 from bwsk.errors import BwskError
-from bwsk.params import Precision, TrainParams
-from bwsk.step import Step, check_backend, make_optimizer, make_step
+from bwsk.study.device import configure
+from bwsk.study.params import Precision, TrainParams
+from bwsk.study.train_step import Step, check_backend, make_optimizer, make_step
 
 RATES = [1e-3, 2e-3, 1.5e-3, 5e-4]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from bwsk.corpus import make_corpus, read_rows
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file
-from bwsk.params import Params, load_params
-from bwsk.tokenizer import encode, load_tokenizer, make_tokenizer, sentinel_ids, vocabulary_size
+from bwsk.study.corpus import make_corpus, read_rows
+from bwsk.study.params import Params, load_params
+from bwsk.study.tokenizer import encode, load_tokenizer, make_tokenizer, sentinel_ids, vocabulary_size
 from tests.unit.hub_stand_in import REVISION, hub
 
 DEMO = Path(__file__).parents[2] / "demo" / "params.yaml"
@@ -42,7 +42,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def spiece(corpus: Path) -> bytes:
-    from bwsk.tokenizer import _train
+    from bwsk.study.tokenizer import _train
 
     return _train(read_rows(corpus, "train"), 600)
 
@@ -71,8 +71,8 @@ def test_info_describes_what_was_stored(trained: Path) -> None:
 
 def test_training_gives_the_same_bytes_in_every_process(corpus: Path, trained: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from bwsk.params import Params; import json\n"
-        "from bwsk.tokenizer import make_tokenizer\n"
+        "import sys; from pathlib import Path; from bwsk.study.params import Params; import json\n"
+        "from bwsk.study.tokenizer import make_tokenizer\n"
         "params = Params.model_validate(json.load(sys.stdin))\n"
         "make_tokenizer(params, Path(sys.argv[1]), Path(sys.argv[2]))\n"
     )
@@ -179,7 +179,7 @@ def test_code_of_a_tokenizer_is_never_run(trained: Path, tmp_path: Path) -> None
 def test_impossible_vocabularies(vocab_size: int, message: str, corpus: Path, tmp_path: Path) -> None:
     if vocab_size == 256:
         rows = ["".join(map(chr, range(0x4E00 + start, 0x4E00 + start + 100))) for start in range(0, 2000, 100)]
-        from bwsk.tokenizer import _train
+        from bwsk.study.tokenizer import _train
 
         with pytest.raises(BwskError, match=message):
             _train(rows, vocab_size)
@@ -190,7 +190,7 @@ def test_impossible_vocabularies(vocab_size: int, message: str, corpus: Path, tm
 
 def test_lines_longer_than_sentencepieces_limit_are_trained_on() -> None:
     """SentencePiece leaves out lines over 4192 bytes unless told otherwise."""
-    from bwsk.tokenizer import _train
+    from bwsk.study.tokenizer import _train
 
     words = [f"{a}{b}{c}" for a in "qxz" for b in "aeiou" for c in "bdgk"]
     long_line = " ".join(words * 100)

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bwsk.corpus import make_corpus, read_rows
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file
-from bwsk.params import SPLITS, Params, load_params
-from bwsk.tokenizer import load_tokenizer
-from bwsk.tokens import (
+from bwsk.study.corpus import make_corpus, read_rows
+from bwsk.study.params import SPLITS, Params, load_params
+from bwsk.study.tokenizer import load_tokenizer
+from bwsk.study.tokens import (
     blocks,
     count_text,
     join,
@@ -121,7 +121,7 @@ def test_a_split_too_short_says_how_many_tokens_there_are(data: Path, tmp_path: 
 
 
 def test_a_tokenizer_that_the_step_did_not_make(data: Path, tmp_path: Path) -> None:
-    from bwsk.tokenizer import _train
+    from bwsk.study.tokenizer import _train
 
     (tmp_path / "spiece.model").write_bytes(_train(read_rows(data / "corpus", "train"), 600))
     with pytest.raises(BwskError, match=r"has no tokenizer\.json; name what the tokenizer step made"):

@@ -18,11 +18,11 @@ from transformers import AutoModelForSeq2SeqLM
 
 from bwsk.errors import BwskError
 from bwsk.files import sha256_file
-from bwsk.inputs import Inputs
-from bwsk.params import Params
-from bwsk.schedule import Schedule
-from bwsk.tokens import blocks, load_tokens
-from bwsk.train import Run
+from bwsk.study.params import Params
+from bwsk.study.schedule import Schedule
+from bwsk.study.tokens import blocks, load_tokens
+from bwsk.study.train import Run
+from bwsk.study.train_inputs import Inputs
 from tests.tiny import make_inputs, write_params
 
 CPU = torch.device("cpu")

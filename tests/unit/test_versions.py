@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from bwsk import stages, versions
 from bwsk.errors import BwskError
-from bwsk.versions import SHOWN, record, restore
+from bwsk.study import dvc_stages as stages
+from bwsk.study import dvc_sync as versions
+from bwsk.study.dvc_sync import SHOWN, record, restore
 from tests.faults.harness import PROJECT
 
 LOCK = "schema: '2.0'\nstages:\n  corpus:\n    cmd: snakemake build/corpus\n    deps: []\n"

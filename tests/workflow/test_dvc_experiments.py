@@ -59,7 +59,7 @@ def test_elsewhere(one_variant: Checkout, experiments: Checkout, in_workspace: b
 
 def test_an_experiment_runs_the_source_that_it_records(experiments: Checkout) -> None:
     """Queued with one source, started when the workspace has another: the queued one counts."""
-    source = experiments.root / "bwsk" / "train.py"
+    source = experiments.root / "bwsk" / "study" / "train.py"
     text = source.read_text()
     source.write_text(text.replace("self.state = State()", "self.state = State(nan_count=41)"))
     assert source.read_text() != text

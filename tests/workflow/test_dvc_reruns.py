@@ -63,8 +63,8 @@ ROWS: dict[str, tuple[Callable[[Checkout], None], set[str], set[str] | None]] = 
         retrained(REVERSIBLE, "memory-bwsk-reversible"),
         None,
     ),
-    "train.py": (lambda study: edit(study.root / "bwsk" / "train.py", "\n# edited\n"), retrained(ALL), None),
-    "card.py": (lambda study: edit(study.root / "bwsk" / "card.py", "\n# edited\n"), {"card", "check"}, None),
+    "train.py": (lambda study: edit(study.root / "bwsk" / "study" / "train.py", "\n# edited\n"), retrained(ALL), None),
+    "card.py": (lambda study: edit(study.root / "bwsk" / "study" / "card.py", "\n# edited\n"), {"card", "check"}, None),
     "template": (
         lambda study: edit(study.root / "workflow" / "templates" / "model_card.md.j2", "\nMore.\n"),
         {"card", "check"},

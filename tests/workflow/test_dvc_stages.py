@@ -14,10 +14,10 @@ import pytest
 import yaml
 from dvc_render.vega_templates import get_template
 
-from bwsk import stages
 from bwsk.errors import BwskError
-from bwsk.params import load_params
-from bwsk.provenance import STEPS, source_files
+from bwsk.study import dvc_stages as stages
+from bwsk.study.params import load_params
+from bwsk.study.provenance import STEPS, source_files
 from tests.workflow.dvc_study import PROJECT, set_params
 
 STUDIES = [PROJECT, PROJECT / "demo"]
@@ -72,7 +72,7 @@ def test_a_new_import_is_drift(tmp_path: Path) -> None:
     subprocess.run(bwsk, cwd=tmp_path, check=True)
     subprocess.run([*bwsk, "--check"], cwd=tmp_path, check=True)
     (tmp_path / "bwsk" / "extra.py").write_text("")
-    with open(tmp_path / "bwsk" / "train.py", "a") as file:
+    with open(tmp_path / "bwsk" / "study" / "train.py", "a") as file:
         file.write("\nimport bwsk.extra  # noqa\n")
     done = subprocess.run([*bwsk, "--check"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -84,7 +84,7 @@ def test_a_stage_depends_on_exactly_the_source_of_its_step(study: Path) -> None:
     found = graph(study)["stages"]
     for name in ("train", "tokens", "classify", "trace", "card"):
         deps = {(study / dep).resolve() for dep in found[name]["deps"] if dep.endswith(".py")}
-        assert deps == set(source_files(*(STEPS[name][0] if name in STEPS else [name])))
+        assert deps == set(source_files(*(STEPS[name][0] if name in STEPS else [f"study.{name}"])))
     sources = {name: {Path(dep).name for dep in stage["deps"]} for name, stage in found.items()}
     assert "train.py" in sources["train"]
     assert "card.py" not in sources["train"]

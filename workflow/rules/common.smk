@@ -19,8 +19,8 @@ os.umask(os.umask(0o022) | 0o002)
 
 from bwsk.errors import BwskError
 from bwsk.locks import hold_study, sign_study
-from bwsk.params import load_params
-from bwsk.provenance import identity
+from bwsk.study.params import load_params
+from bwsk.study.provenance import identity
 
 # Jobs run with the Python that runs Snakemake, activated or not; under `--sdm conda` with the environment's.
 CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method

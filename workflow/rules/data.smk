@@ -1,8 +1,8 @@
 # The data of a study: corpus, tokenizer, tokens, and the checkpoint that fine-tuning starts from.
 
 
-from bwsk.base import FILES as BASE_FILES
-from bwsk.tokenizer import FILES as TOKENIZER_FILES
+from bwsk.study.base_checkpoint import FILES as BASE_FILES
+from bwsk.study.tokenizer import FILES as TOKENIZER_FILES
 
 TRAINS_TOKENIZER = PARAMS.tokenizer.source == "train"
 PRETRAINS_BASE = PARAMS.base.source == "pretrain"

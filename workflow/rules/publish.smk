@@ -8,7 +8,7 @@ localrules:
 
 
 from bwsk.files import sha256_file
-from bwsk.layout import FIGURES, TEMPLATE, VARIANT as VARIANT_FILES
+from bwsk.study.repository import FIGURES, TEMPLATE, VARIANT as VARIANT_FILES
 
 FIGURE_LABELS = dict(
     zip(FIGURES, ("Training loss", "Validation perplexity", "Memory and time of a training step"), strict=True)

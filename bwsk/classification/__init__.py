@@ -1,0 +1,1 @@
+"""What does an operation erase, and with which evidence?"""

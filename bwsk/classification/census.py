@@ -1,0 +1,156 @@
+"""Census of a model's leaf modules: how many are S-type, K-type and GRAY, under either rule set.
+
+As published: the leaves of `named_modules()`, each counted once however often it runs. What the census cannot see is
+said in the result: parameters that a module holds itself although it has children (`outside`), and everything that is
+no module (softmax, residual additions), which the census of operations (`bwsk.classification.trace`) counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from bwsk.classification.counts import Counts
+from bwsk.classification.identify import identify, leaves
+from bwsk.classification.operators import Subject
+from bwsk.classification.rules.rule import KINDS, Rule, RuleSet
+from bwsk.classification.rules.sets import rule_set
+from bwsk.classification.rules.strict import composition
+from bwsk.errors import BwskError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One leaf module: `verdict` is "S", "K" or "GRAY"; `how` tells by what its kind was found."""
+
+    name: str
+    cls: str
+    kind: str
+    verdict: str
+    condition: str | None
+    residue: str | None
+    reason: str
+    source: str | None
+    how: str
+    facts: dict[str, Any]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Census(Counts):
+    """Leaf modules of `model` under the rule set `rules`, with the model in `mode` ("training" or "eval")."""
+
+    model: str
+    rules: str
+    mode: str
+    rows: tuple[Row, ...]
+    outside: tuple[str, ...]  # parameters that belong to no leaf: no row speaks for them
+
+    def _judged(self) -> tuple[Row, ...]:
+        return self.rows
+
+    def by_kind(self) -> list[dict[str, Any]]:
+        """Rows that share kind, verdict and condition, with their number, most first."""
+        groups = Counter((r.kind, r.verdict, r.condition, r.residue, r.reason) for r in self.rows)
+        keys = ("kind", "verdict", "condition", "residue", "reason")
+        classes = {
+            key: sorted({r.cls for r in self.rows if (r.kind, r.verdict, r.condition) == key[:3]}) for key in groups
+        }
+        return [
+            dict(zip(keys, key, strict=True)) | {"count": n, "classes": classes[key]} for key, n in groups.most_common()
+        ]
+
+    def unknown(self) -> list[str]:
+        """Names and classes of the GRAY rows."""
+        return [f"{row.name} ({row.cls})" for row in self.rows if row.verdict == "GRAY"]
+
+    def differences(self, other: Census) -> list[dict[str, Any]]:
+        """Where two rule sets disagree on the same model: groups of rows with both verdicts and the other's reason."""
+        theirs = {row.name: row for row in other.rows}
+        groups: Counter[tuple[Any, ...]] = Counter()
+        for row in self.rows:
+            its = theirs[row.name]
+            if its.verdict != row.verdict:
+                groups[row.kind, its.condition, row.verdict, its.verdict, its.residue, its.reason] += 1
+        keys = ("kind", "condition", self.rules, other.rules, "residue", "reason")
+        return [dict(zip(keys, key, strict=True)) | {"count": n} for key, n in groups.most_common()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for strict JSON."""
+        numbers = {n: getattr(self, n) for n in ("s", "k", "gray", "total", "s_ratio", "k_ratio", "gray_ratio")}
+        rows = [{"class" if key == "cls" else key: value for key, value in asdict(row).items()} for row in self.rows]
+        head = {"model": self.model, "rules": self.rules, "mode": self.mode}
+        return head | numbers | {"by_kind": self.by_kind(), "rows": rows, "outside": list(self.outside)}
+
+
+def classify(
+    source: Any,
+    rules: str | RuleSet = "published",
+    *,
+    revision: str | None = None,
+    training: bool | None = None,
+    ranks: bool = False,
+) -> Census:
+    """Classify every leaf module of a model.
+
+    `source` is a module (taken in the mode it is in), a transformers config, a Hub id, a directory or a `config.json`
+    (built without weights, in training mode unless `training=False`). `rules` is "published", "strict" or a `RuleSet`.
+    `ranks=True` measures the rank of every linear layer that has weights, instead of assuming it is full (an SVD each).
+    Raises `BwskError` when the model cannot be had or the rule set does not exist.
+    """
+    chosen = rule_set(rules)
+    model, name = _model(source, revision, training)
+    cache: dict[Any, Subject] = {}
+    rows = []
+    covered: set[int] = set()
+    for path, module in leaves(model):
+        subject = identify(module, cache)
+        if ranks:
+            subject = _with_rank(path, subject, module)
+        rows.append(_row(path, module, subject, chosen.decide(subject)))
+        covered.update(id(p) for p in module.parameters())
+    outside = tuple(n for n, p in model.named_parameters() if id(p) not in covered)
+    return Census(name, chosen.name, "training" if model.training else "eval", tuple(rows), outside)
+
+
+def _model(source: Any, revision: str | None, training: bool | None) -> tuple[nn.Module, str]:
+    if isinstance(source, nn.Module):
+        if training not in (None, source.training):
+            mode = "training" if source.training else "eval"
+            raise BwskError(f"{type(source).__name__}: is in {mode} mode; call .train() or .eval() on it first")
+        if any(isinstance(module, torch.jit.ScriptModule) for module in source.modules()):
+            raise BwskError(f"{type(source).__name__}: holds compiled TorchScript; give the Python module")
+        lazy = [name for name, p in source.named_parameters() if is_lazy(p)]
+        if lazy:
+            raise BwskError(f"{type(source).__name__}: {lazy[0]} has no shape yet; run the model on a batch first")
+        return source, type(source).__name__
+    from bwsk.architecture import load
+
+    model, name = load(source, revision=revision)
+    return model.train(training is not False), name
+
+
+def _row(path: str, module: nn.Module, subject: Subject, rule: Rule | None) -> Row:
+    head = (path, type(module).__name__, subject.kind)
+    facts = composition(subject.facts) if "flow" in subject.facts else subject.facts
+    tail = (subject.how, {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()})
+    size = sum(p.numel() for p in module.parameters())
+    if rule is None:
+        why = "no rule for this kind" if subject.kind in KINDS else "not recognised by type, behaviour or operations"
+        return Row(*head, "GRAY", None, None, why, None, *tail, size)
+    return Row(*head, str(rule.verdict), rule.condition, str(rule.residue), rule.reason, rule.source, *tail, size)
+
+
+def _with_rank(name: str, subject: Subject, module: nn.Module) -> Subject:
+    weight = getattr(module, "weight", None)
+    if subject.kind != "linear" or weight is None or weight.is_meta or weight.dim() != 2:
+        return subject
+    if not bool(weight.isfinite().all()):
+        raise BwskError(f"{name or type(module).__name__}: its weight is not finite, so it has no rank")
+    rank = int(torch.linalg.matrix_rank(weight.detach().double()))
+    return Subject(subject.kind, {**subject.facts, "rank": rank}, subject.how)

@@ -1,0 +1,1 @@
+"""The published and the strict rule set."""

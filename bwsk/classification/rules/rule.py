@@ -1,0 +1,238 @@
+"""Rules of the S/K classification, each tied to evidence.
+
+A rule says, for one *kind* of operation and under a condition on its facts (shape, stride, rank, training or eval),
+what the verdict is, what residue must be kept to get the input back, why, and which witnesses show it.
+
+The line between S and K: an operation is **S** when its input can be got back from its output and a residue that does
+not grow with the elements of a row (nothing, an RNG state, scalars per row), and **K** when there are different inputs
+with one output that only a residue per element tells apart. A rule whose witness does not show its verdict cannot be
+registered: `RuleSet.register` runs the witness and refuses. The built-in sets hold many more rules than a model needs,
+so they run a rule's witnesses when it first decides something: no verdict is ever given by a rule without evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bwsk.classification.identify import identify
+from bwsk.classification.operators import Facts, Subject
+from bwsk.classification.witness import Residue, Specimen, Verdict, WitnessError
+from bwsk.errors import BwskError
+
+# Every kind of operation that rules may speak about, in one line each.
+KINDS: dict[str, str] = {
+    # what a module or an operator computes
+    "linear": "y = Wx + b with fixed W",
+    "convolution": "linear and shift-equivariant, fixed kernel",
+    "transposed_convolution": "adjoint of a convolution, fixed kernel",
+    "embedding": "index -> row of a table",
+    "position": "position -> rotary, sinusoidal or learned code",
+    "layer_norm": "(x - mean) / deviation per row",
+    "rms_norm": "x / root mean square per row",
+    "group_norm": "(x - mean) / deviation per group or instance",
+    "batch_norm": "(x - mean) / deviation per channel",
+    "identity": "y = x",
+    "reshape": "the same elements in another arrangement",
+    "injective_elementwise": "strictly monotone function of each element",
+    "erasing_elementwise": "function of each element that takes a value twice",
+    "relu": "max(x, 0)",
+    "gelu": "x times the normal distribution function, exact or approximated",
+    "silu": "x times the logistic function",
+    "tanh": "hyperbolic tangent",
+    "sigmoid": "logistic function",
+    "softmax": "exp(x) / sum exp(x), or its logarithm",
+    "dropout": "random zeroing of elements or paths",
+    "pooling": "mean or maximum over a window",
+    "upsample": "each element repeated or interpolated",
+    "recurrent": "gated or plain recurrent cell",
+    "attention": "softmax(QK') V in one operator",
+    "loss": "prediction and target -> scalar",
+    "routing": "the top choices of each row",
+    "composite": "a leaf that runs several operators",
+    # what only operators do
+    "constant": "no activation goes in",
+    "random": "output drawn from the random number generator",
+    "elementwise_constant": "each element combined with a known number or parameter",
+    "row_broadcast": "each row combined with a scalar of its own",
+    "merge": "two activations combined element by element",
+    "product": "matrix product of two activations",
+    "widening_cast": "to a type that holds every value",
+    "narrowing_cast": "to a type that rounds",
+    "selection": "some of the elements",
+    "reduction": "sum, mean, maximum or norm over an axis",
+    "prefix_sum": "cumulative sum",
+    "sorting": "sorted values with their indices",
+    "comparison": "truth value per element",
+    "masking": "elements replaced where a mask says so",
+}
+# Kinds in which no element of a tensor influences another one: under any sharding they need no communication.
+POINTWISE = frozenset({
+    "identity", "reshape", "injective_elementwise", "erasing_elementwise", "relu", "gelu", "silu", "tanh", "sigmoid",
+    "dropout", "elementwise_constant", "row_broadcast", "merge", "widening_cast", "narrowing_cast", "selection",
+    "comparison", "masking", "constant", "random", "position",
+})  # fmt: skip
+
+
+def always(facts: Facts) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One verdict: on which kind, when, with which residue, why, says who, and by which witnesses.
+
+    `kind` is one of `KINDS` or the name of an operator such as "aten::mm". `condition` says in words what `when`
+    tests on the facts. `witnesses` are specimens; S needs an inverse, K a collision, GRAY one of each.
+    """
+
+    kind: str
+    verdict: Verdict
+    residue: Residue
+    reason: str
+    source: str
+    witnesses: tuple[Specimen, ...]
+    condition: str = "always"
+    when: Callable[[Facts], bool] = always
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.condition == "always" else f"{self.kind} ({self.condition})"
+
+
+class RuleSet:
+    """Rules by kind; within a kind the first whose condition holds decides. No rule: GRAY."""
+
+    def __init__(self, name: str, *, opinion: bool) -> None:
+        """`opinion`: verdicts may go beyond the evidence (the published set); else they must match it."""
+        self.name = name
+        self.opinion = opinion
+        self.rules: dict[str, list[Rule]] = {}
+        self._proven: set[int] = set()  # ids of rules whose witnesses have held
+
+    def register(self, rule: Rule, *, prove: bool = True) -> Rule:
+        """Check `rule`'s evidence and add it; raises `BwskError` when the kind is unknown or a witness fails.
+
+        With `prove=False` the witnesses themselves run when the rule is first used, or in `prove`.
+        """
+        if not isinstance(rule.verdict, Verdict) or not isinstance(rule.residue, Residue):
+            raise BwskError(f"rule for {rule.kind!r}: {rule.verdict!r}, {rule.residue!r}: give a Verdict and a Residue")
+        if rule.kind not in KINDS and not _operator_exists(rule.kind):
+            raise BwskError(f"rule for {rule.kind!r}: no such kind or operator; kinds are {', '.join(KINDS)}")
+        self._check(rule, self._fits)
+        if prove:
+            self._check(rule, self._prove)
+        self.rules.setdefault(rule.kind, []).append(rule)
+        return rule
+
+    def prove(self) -> None:
+        """Run the witnesses of all rules; raises `BwskError` for the first that fails."""
+        for rule in self:
+            self._check(rule, self._prove)
+
+    def _check(self, rule: Rule, test: Callable[[Rule], None]) -> None:
+        try:
+            test(rule)
+        except WitnessError as error:
+            raise BwskError(f"rule {rule.name} = {rule.verdict} in {self.name!r}: {error}") from None
+        except BwskError:
+            raise
+        except Exception as error:  # evidence is code of whoever wrote the rule
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise BwskError(
+                f"rule {rule.name} = {rule.verdict} in {self.name!r}: its evidence fails: {text}"
+            ) from error
+
+    def _fits(self, rule: Rule) -> None:
+        """The witnesses are of the type that the verdict needs, with its residue."""
+        shown = {w.verdict for w in rule.witnesses}
+        needed = {Verdict.S, Verdict.K} if rule.verdict is Verdict.GRAY else {rule.verdict}
+        if shown != needed:
+            have = "/".join(sorted(shown)) or "no"
+            raise WitnessError(f"needs witnesses for {'/'.join(sorted(needed))} and has {have} witness")
+        strict = not self.opinion
+        if strict and rule.verdict is not Verdict.GRAY and rule.residue.vanishing != (rule.verdict is Verdict.S):
+            raise WitnessError(f"a residue of '{rule.residue}' is not what {rule.verdict} means")
+        for witness in rule.witnesses:
+            if strict and witness.saturates:
+                raise WitnessError(f"{witness.name} shows rounding, which is no erasure")
+            if witness.verdict is rule.verdict and witness.residue is not rule.residue:
+                raise WitnessError(f"{witness.name} shows a residue of '{witness.residue}', not '{rule.residue}'")
+
+    def _prove(self, rule: Rule) -> None:
+        """The witnesses are of the rule's kind, within its condition, and hold when they run."""
+        self._proven.add(id(rule))  # at once: what a composite witness consists of may need this very rule
+        try:
+            for witness in rule.witnesses:
+                subject = subject_of(witness)
+                if rule.kind not in (subject.kind, subject.how):
+                    raise WitnessError(f"{witness.name} is a specimen of {subject.kind}, by {subject.how}")
+                if not self._applies(rule, subject.facts):
+                    raise WitnessError(f"{witness.name} lies outside of the condition '{rule.condition}'")
+                witness.check()
+        except BaseException:
+            self._proven.discard(id(rule))
+            raise
+
+    def _applies(self, rule: Rule, facts: Facts) -> bool:
+        try:
+            return bool(rule.when(facts))
+        except BwskError:
+            raise
+        except Exception as error:
+            known = ", ".join(facts) or "none"
+            text = f"{type(error).__name__}: {error}"
+            raise BwskError(
+                f"rule {rule.name} in {self.name!r}: its condition fails: {text}; facts are {known}"
+            ) from error
+
+    def decide(self, subject: Subject, operator: str | None = None) -> Rule | None:
+        """The rule that applies, or None. A rule for the operator itself goes before one for its kind."""
+        for key in (operator, subject.kind):
+            for rule in self.rules.get(key, ()) if key else ():
+                if self._applies(rule, subject.facts):
+                    if id(rule) not in self._proven:
+                        self._check(rule, self._prove)
+                    return rule
+        return None
+
+    def contradictions(self, specimens: Iterable[Specimen]) -> list[str]:
+        """Specimens whose evidence says other than this set does: none for a strict set, the disputes for published."""
+        found = []
+        for specimen in specimens:
+            if specimen.saturates:
+                continue
+            rule = self.decide(subject_of(specimen))
+            if rule is None:
+                found.append(f"{specimen.name}: evidence for {specimen.verdict}, no rule")
+            elif rule.verdict is Verdict.GRAY and specimen in rule.witnesses:
+                continue
+            elif (rule.verdict, rule.residue) != (specimen.verdict, specimen.residue):
+                found.append(
+                    f"{specimen.name}: evidence for {specimen.verdict} ({specimen.residue}), "
+                    f"rule {rule.name} says {rule.verdict} ({rule.residue})"
+                )
+        return found
+
+    def __iter__(self) -> Any:
+        return (rule for rules in self.rules.values() for rule in rules)
+
+
+def subject_of(specimen: Specimen) -> Subject:
+    """Kind and facts of a specimen's operation, found exactly as a census or a trace finds them."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        operation = specimen.make(generator)
+        if isinstance(operation, nn.Module):
+            return identify(operation)
+        inputs = specimen.sample(generator) if specimen.sample else specimen.pair(operation, generator)[0]
+        return operation.subject(*((inputs,) if isinstance(inputs, torch.Tensor) else inputs))
+
+
+def _operator_exists(name: str) -> bool:
+    space, colons, packet = name.partition("::")
+    return bool(colons) and hasattr(getattr(torch.ops, space, None), packet.partition(".")[0])

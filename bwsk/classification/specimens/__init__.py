@@ -1,0 +1,1 @@
+"""Concrete operations that show what a rule says."""

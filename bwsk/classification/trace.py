@@ -1,0 +1,229 @@
+"""Census of operations: what a real training step dispatches, operator by operator, without weights or a GPU.
+
+One forward and one backward pass run on fake tensors (shapes and dtypes without storage). For every operator that the
+forward dispatches: kind and verdict, module path, FLOPs, bytes moved, and how much of its output backward keeps.
+Counts and shares are over operators that activations go through; building masks and transposing weights is listed but
+erases no data and is not counted.
+
+- FLOPs: matrix products, convolutions and attention by formula (2 per multiply-add); a reduction one per input element,
+  views and copies none, everything else one per output element.
+- bytes: tensors read plus tensors written; views move none.
+- saved bytes: storages that autograd keeps for backward, each once, at the operator that produced it; parameters and
+  the batch itself are no activations and not counted.
+
+On a machine without CUDA the operators are those of the CPU, except dropout, which is dispatched as CUDA does
+(`native_dropout`, a mask of one byte per element); fused attention and the autocast lists of the CPU differ in detail.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from bwsk.classification.counts import Counts
+from bwsk.classification.recorder import BackwardTotals, CudaDropout, Operation, Recorder
+from bwsk.classification.rules.rule import RuleSet
+from bwsk.classification.rules.sets import rule_set
+from bwsk.errors import BwskError
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Trace(Counts):
+    """The operators of one training step of `model` in the order they ran (forward), and totals of its backward."""
+
+    model: str
+    rules: str
+    setting: dict[str, Any]
+    operations: tuple[Operation, ...]
+    backward: dict[str, Any] | None
+    parameter_bytes: int
+    _memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def data(self) -> list[Operation]:
+        """The operations that activations go through."""
+        return self._memo.setdefault("data", [op for op in self.operations if op.on_data])
+
+    def _judged(self) -> list[Operation]:
+        return self.data
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of activations that backward keeps."""
+        return sum(op.saved_bytes for op in self.operations)
+
+    def by_operator(self) -> list[dict[str, Any]]:
+        """Sums per operator, kind and verdict over the data's operations, most frequent first."""
+        groups: dict[tuple[Any, ...], Counter[str]] = {}
+        for op in self.data:
+            sums = groups.setdefault((op.operator, op.kind, op.verdict, op.strict, op.published, op.residue), Counter())
+            sums.update(count=1, flops=op.flops, bytes=op.bytes, saved_bytes=op.saved_bytes)
+        keys = ("operator", "kind", "verdict", "strict", "published", "residue")
+        rows = [dict(zip(keys, key, strict=True)) | dict(sums) for key, sums in groups.items()]
+        return sorted(rows, key=lambda row: (-row["count"], row["operator"]))
+
+    def unknown(self) -> list[str]:
+        """Names of the operators that are GRAY, each once."""
+        return sorted({op.operator for op in self.data if op.verdict == "GRAY"})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for strict JSON."""
+        numbers = {n: getattr(self, n) for n in ("s", "k", "gray", "total", "s_ratio", "k_ratio", "saved_bytes")}
+        sums = {n: sum(getattr(op, n) for op in self.operations) for n in ("flops", "bytes")}
+        head = {
+            "model": self.model,
+            "rules": self.rules,
+            "setting": self.setting,
+            "constants": len(self.operations) - self.total,
+        }
+        return head | numbers | sums | {
+            "parameter_bytes": self.parameter_bytes,
+            "backward": self.backward,
+            "unknown": self.unknown(),
+            "by_operator": self.by_operator(),
+            "operations": [asdict(op) for op in self.operations],
+        }  # fmt: skip
+
+
+def trace(
+    source: Any,
+    *,
+    batch: int = 4,
+    input_length: int = 256,
+    target_length: int = 256,
+    autocast: str | None = None,
+    training: bool = True,
+    rules: str | RuleSet = "strict",
+    inputs: Mapping[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+) -> Trace:
+    """Trace one training step of a model on fake tensors; nothing is allocated and the model is not changed.
+
+    `source` is a module, a config, a Hub id, a directory or a `config.json`. Text models are fed `batch` sequences of
+    `input_length` tokens (decoders of encoder-decoder models `target_length`), image models `batch` images of their
+    config's size; `inputs` replaces all of that. `autocast` is None, "bf16" or "fp16". Under "published" rules,
+    kinds that the publication does not speak about keep their strict verdict. Raises `BwskError` for a model that
+    cannot be built, fed or traced without values.
+    """
+    from bwsk.architecture import load
+
+    if autocast is not None and autocast not in AUTOCAST:
+        raise BwskError(f"autocast {autocast!r}: not known; choose from {', '.join(AUTOCAST)} or leave it out")
+    for label, size in (("batch", batch), ("input length", input_length), ("target length", target_length)):
+        if size < 1:
+            raise BwskError(f"{label} {size}: must be at least 1")
+    chosen = rule_set(rules)
+    model, name = load(source, revision=revision, attn_implementation=attn_implementation)
+    if not isinstance(source, nn.Module):
+        model.train(training)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("batched_mm")  # runs without values and in any precision
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    feed = dict(inputs) if inputs is not None else _feed(model, batch, input_length, target_length)
+    recorder = Recorder(chosen)
+    try:
+        backward, parameter_bytes = _step(model, feed, recorder, device, autocast)
+    except BwskError:
+        raise
+    except Exception as error:  # anything a model's forward may raise on tensors without values
+        text = " ".join(str(error).split())[:160]
+        raise BwskError(
+            f"{name}: its training step cannot be traced without values: {type(error).__name__}: {text}"
+        ) from error
+    setting = {
+        "mode": "training" if model.training else "eval",
+        "device": device,
+        "autocast": autocast,
+        "inputs": {key: list(value.shape) for key, value in feed.items() if isinstance(value, Tensor)},
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        "experts": getattr(getattr(model, "config", None), "_experts_implementation", None),
+    }
+    return Trace(name, chosen.name, setting, recorder.finish(), backward, parameter_bytes)
+
+
+def _feed(model: nn.Module, batch: int, length: int, target: int) -> dict[str, Any]:
+    """A batch of the right shapes, on the meta device, for a transformers model."""
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    if config is None or main is None:
+        raise BwskError(f"{type(model).__name__}: not a transformers model; pass its batch as inputs={{name: tensor}}")
+    accepted = inspect.signature(model.forward).parameters
+    ids = lambda n: torch.zeros(batch, n, dtype=torch.long, device="meta")  # noqa: E731
+    feed: dict[str, Any] = {}
+    per_sample = "Classification" in type(model).__name__ and "Token" not in type(model).__name__
+    if main == "pixel_values":
+        size = getattr(config, "image_size", None) or 224
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        feed["pixel_values"] = torch.zeros(batch, getattr(config, "num_channels", 3), height, width, device="meta")
+    elif main == "input_ids":
+        limit = getattr(config, "max_position_embeddings", None)
+        if isinstance(limit, int) and length > limit > 0:
+            raise BwskError(
+                f"input length {length}: {type(model).__name__} has positions for {limit} tokens; give fewer"
+            )
+        feed["input_ids"] = ids(length)
+        if getattr(config, "is_encoder_decoder", False):
+            feed["decoder_input_ids"] = ids(target)
+    else:
+        raise BwskError(
+            f"{type(model).__name__}: takes {main}, which is not text or pixels; pass inputs={{name: tensor}}"
+        )
+    if "labels" in accepted:
+        feed["labels"] = ids(1)[:, 0] if per_sample else ids(target if "decoder_input_ids" in feed else length)
+    if "use_cache" in accepted and hasattr(config, "use_cache"):
+        feed["use_cache"] = False  # training has no use for the cache of generation
+    return feed
+
+
+def _step(
+    model: nn.Module, feed: Mapping[str, Any], recorder: Recorder, device: str, autocast: str | None
+) -> tuple[dict[str, Any] | None, int]:
+    """Forward and backward under the recorder; totals of backward, and the parameters' bytes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def fake(t: Tensor) -> Tensor:
+        made = torch.empty(t.shape, dtype=t.dtype, device=device)
+        return nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
+
+    lower = torch.autocast(device, AUTOCAST[autocast]) if autocast else nullcontext()
+    with ExitStack() as stack:
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # what fails is told in one line, not here
+        stack.callback(log.setLevel, log.level)
+        log.setLevel(logging.CRITICAL)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        state = {n: fake(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+        given = tree_map_only(Tensor, fake, dict(feed))
+        recorder.start([t for t in tree_leaves(given) if isinstance(t, Tensor)])
+        stack.enter_context(recorder.paths(model))
+        with torch.enable_grad(), recorder, CudaDropout(), recorder.saving(), lower:
+            out = torch.func.functional_call(model, state, (), given)
+        loss = _loss(out)
+        backward = None
+        if loss is not None and loss.requires_grad:
+            totals = BackwardTotals()
+            with totals:
+                loss.backward()
+            backward = totals.result()
+        parameter_bytes = sum(t.nbytes for t in state.values() if isinstance(t, nn.Parameter))
+    return backward, parameter_bytes
+
+
+def _loss(out: Any) -> Tensor | None:
+    """The loss that the model returned, else the sum of its first floating-point output."""
+    loss = getattr(out, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
+    tensors = [t for t in tree_leaves(dict(out) if isinstance(out, Mapping) else out) if isinstance(t, Tensor)]
+    return next((t.sum() for t in tensors if t.is_floating_point()), None)

@@ -1,0 +1,1 @@
+"""How much memory will a training step take?"""

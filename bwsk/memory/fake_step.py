@@ -1,0 +1,244 @@
+"""One training step of a model on fake tensors: which storages it allocates and what its memory is made of.
+
+The step is run with CUDA's accounting (`allocation_log`): forward, backward and clipping of a new model of the same
+class. The optimizer's phase is arithmetic: AdamW holds two moments per parameter, and on top of weights, gradients and
+moments it needs
+
+    fused      nothing
+    foreach    one more list of all parameters (the square roots of the second moments)
+    loop       two temporaries of the largest parameter
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from transformers import PreTrainedConfig
+
+from bwsk.architecture import build, one_line
+from bwsk.errors import BwskError
+from bwsk.memory.allocation_log import MIB, Log, Tracker, cuda_rules
+
+# Attention scores of one head in a step, with room for heads and bytes below the largest size of a tensor.
+_MOST_SCORES = 2**48
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class FakeStep:
+    """The log of one fake step, and which storages turned out to be what."""
+
+    model: str
+    target_length: int | None  # None: the model is no encoder-decoder
+    log: Log
+    weights: set[int]
+    states: set[int]
+    gradients: set[int | None]
+    flops: int
+    parameters: list[int]  # bytes of each
+
+    def summary(self, optimizer: str) -> tuple[dict[str, float], dict[str, float]]:
+        """Peaks by phase and the composition of the largest, MiB."""
+        starts = {index: phase for phase, index in self.log.marks}
+        backward = next(index for phase, index in self.log.marks if phase == "backward")
+        ends = {number: index for index, (number, size) in enumerate(self.log.events) if size < 0}
+        born = {number: index for index, (number, size) in enumerate(self.log.events) if size > 0}
+
+        def kind(number: int) -> str:
+            if number in self.weights:
+                return "weights"
+            if number in self.states:
+                return "optimizer_states"
+            if number in self.gradients:
+                return "gradients"
+            kept = born[number] < backward <= ends.get(number, len(self.log.events))
+            return "activations" if kept else "temporaries"
+
+        totals = dict.fromkeys(("weights", "gradients", "optimizer_states", "activations", "temporaries"), 0)
+        phase, peaks, best, found = None, {}, -1, dict(totals)
+        for index, (number, size) in enumerate(self.log.events):
+            phase = starts.get(index, phase)
+            totals[kind(number)] += size
+            total = sum(totals.values())
+            if phase is not None and total > peaks.get(phase, -1):
+                peaks[phase] = total
+                if total > best:
+                    best, found = total, dict(totals)
+        resting = totals["weights"] + totals["gradients"] + totals["optimizer_states"]
+        extra = {"fused": 0, "foreach": sum(self.parameters), "loop": 2 * max(self.parameters, default=0)}[optimizer]
+        peaks["optimizer"] = resting + extra
+        if peaks["optimizer"] > best:
+            found = {**totals, "activations": 0, "temporaries": extra}
+        return {name: peaks[name] / MIB for name in ("forward", "backward", "optimizer")}, {
+            name: size / MIB for name, size in found.items()
+        }
+
+
+def fake_step(
+    model: Any,
+    batch: int,
+    input_length: int,
+    target_length: int | None,
+    precision: str,
+    attention: str = "eager",
+    prepare: Callable[[nn.Module, int | None], Any] | None = None,
+) -> FakeStep:
+    """Run one training step of a model or config; a model is only read.
+
+    `target_length` defaults to `input_length` and counts for encoder-decoder models only. `prepare` is given the new
+    model and the target length that counts, and may change how its step runs. Raises `BwskError` on arguments or
+    models it cannot use.
+    """
+    require_shape(batch, input_length, target_length)
+    require_one_of("precision", precision, PRECISIONS)
+    require_one_of("attention", attention, ("eager", "sdpa"))
+    encoder_decoder = getattr(getattr(model, "config", model), "is_encoder_decoder", False)
+    target_length = (target_length or input_length) if encoder_decoder else None
+    with faked(model, attention) as fake:
+        if prepare is not None:
+            prepare(fake, target_length)
+        inputs = example_inputs(fake, batch, input_length, target_length)
+        parameters = [p for p in fake.parameters() if p.requires_grad]
+        states = [torch.empty_like(p) for p in parameters for _ in range(2)]
+        tracker = Tracker()
+        with tracker:
+            weights = {tracker.adopt(p) for p in fake.parameters()}
+            held = {tracker.adopt(s) for s in states}
+            tracker.mark("forward")
+            loss = step_loss(fake, inputs, precision)
+            tracker.mark("backward")
+            torch.autograd.backward(loss)
+            del loss
+            gradients = {tracker.number(p.grad) for p in parameters if p.grad is not None}
+            tracker.mark("optimizer")
+            tracker.stop()
+        sizes = [p.numel() * p.element_size() for p in parameters]
+    return FakeStep(type(fake).__name__, target_length, tracker.log, weights, held, gradients, tracker.flops, sizes)
+
+
+def require_shape(batch: Any, input_length: Any, target_length: Any) -> None:
+    """Raise `BwskError` for sizes of a batch that are none; `target_length` may be None."""
+    for name, value in (("batch", batch), ("input_length", input_length), ("target_length", target_length)):
+        if (value is not None or name != "target_length") and (not isinstance(value, int) or value < 1):
+            raise BwskError(f"{name}: must be a whole number of at least 1, found {value!r}")
+    longest = max(input_length, target_length or 1)
+    if batch * longest**2 > _MOST_SCORES:
+        raise BwskError(f"batch: {batch} sequences of {longest} tokens are more than can be counted; give fewer")
+
+
+def require_one_of(name: str, value: Any, allowed: Any) -> None:
+    """Raise `BwskError` for an argument that is not among the allowed ones."""
+    if value not in allowed:
+        raise BwskError(f"{name}: found {value!r}, must be one of {', '.join(allowed)}")
+
+
+def stock_peak(model: Any, shape: tuple[int, int, int | None], precision: str, attention: str = "eager") -> float:
+    """Peak of a stock step with AdamW foreach in bytes, from the hundredth of a MiB that `predict_memory` gives.
+
+    `shape` is (batch, input tokens, target tokens).
+    """
+    return round(max(fake_step(model, *shape, precision, attention).summary("foreach")[0].values()), 2) * MIB
+
+
+@contextmanager
+def faked(model: Any, attention: str) -> Iterator[nn.Module]:
+    """Within it, there is a new model of the same class, in training mode on fake tensors with CUDA's accounting."""
+    fake = _structure(model, attention)
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), cuda_rules():
+        warnings.simplefilter("ignore")
+        _materialise(fake)
+        log = logging.getLogger(FakeTensorMode.__module__)
+        before, log.disabled = log.disabled, True  # tells with a traceback what is raised here anyway
+        try:
+            yield fake.train()
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise BwskError(
+                f"{type(fake).__name__}: what its training step computes depends on values, not on shapes alone "
+                "(such as layers dropped at random), so its memory cannot be predicted; not supported"
+            ) from None
+        finally:
+            log.disabled = before
+
+
+def _structure(model: Any, attention: str) -> nn.Module:
+    """A new model of the same class on the meta device."""
+    config = getattr(model, "config", model)
+    if not isinstance(config, PreTrainedConfig):
+        raise BwskError(f"predict_memory: needs a transformers model or config, found {type(model).__name__}")
+    if not isinstance(model, nn.Module):
+        return build(config, attn_implementation=attention)
+    with torch.device("meta"):
+        return type(model)._from_config(copy.deepcopy(config), attn_implementation=attention)
+
+
+def _materialise(model: nn.Module) -> None:
+    """Give a meta-device model fake CPU tensors; shared parameters stay shared."""
+    seen: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                if id(value) not in seen:
+                    seen[id(value)] = nn.Parameter(
+                        torch.empty(value.shape, dtype=torch.float32), requires_grad=value.requires_grad
+                    )
+                module._parameters[name] = seen[id(value)]
+        for name, value in module._buffers.items():
+            if value is not None and value.is_meta:
+                module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+
+
+def example_inputs(model: nn.Module, batch: int, input_length: int, target_length: int | None) -> dict[str, Any]:
+    """Inputs of a training step for `model`: token ids or pixels, and labels (zeros; shapes are what matters)."""
+    config, name = model.config, type(model).__name__
+    accepted = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {}
+    if "pixel_values" in accepted:
+        size = getattr(config, "image_size", None)
+        if size is None or not hasattr(config, "num_channels"):
+            raise BwskError(f"{name}: its config does not tell the size of its images; not supported here")
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        inputs["pixel_values"] = torch.zeros(batch, config.num_channels, height, width)
+        labels = (batch,)
+    elif "input_ids" in accepted:
+        inputs["input_ids"] = torch.zeros(batch, input_length, dtype=torch.long)
+        labels = (batch, target_length or input_length)
+        if "SequenceClassification" in name:
+            labels = (batch,)
+    else:
+        raise BwskError(f"{name}: takes neither input_ids nor pixel_values; not supported here")
+    if "labels" in accepted:
+        inputs["labels"] = torch.zeros(labels, dtype=torch.long)
+    elif target_length is not None:
+        inputs["decoder_input_ids"] = torch.zeros(batch, target_length, dtype=torch.long)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def step_loss(model: nn.Module, inputs: dict[str, Any], precision: str) -> Tensor:
+    """The model's own loss, or for a model without a head the mean of its last hidden states.
+
+    Raises `BwskError` where the model does not take these inputs: sequences of another length, labels of another kind.
+    """
+    with torch.autocast("cpu", dtype=PRECISIONS[precision], enabled=precision != "fp32"):
+        try:
+            outputs = model(**inputs)
+        except (BwskError, DataDependentOutputException, DynamicOutputShapeException):
+            raise
+        except Exception as error:  # models refuse inputs in as many ways as there are models
+            given = ", ".join(f"{key} {tuple(v.shape)}" for key, v in inputs.items() if isinstance(v, Tensor))
+            raise BwskError(
+                f"{type(model).__name__}: its training step does not run on {given}: {one_line(error)}"
+            ) from error
+        loss = getattr(outputs, "loss", None)
+        return outputs[0].float().mean() if loss is None else loss

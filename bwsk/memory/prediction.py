@@ -1,0 +1,203 @@
+"""Predict the peak memory of a training step, without a GPU and without allocating the model.
+
+The step is run on fake tensors (`fake_step`), in mode "reversible" with the real engine.
+
+Checked against the published measurements of T5-small, batch 4, 256 + 256 tokens, float32, eager attention, AdamW
+foreach: 1983 MiB conventional and 1177 MiB checkpointed were measured on one GPU; the difference, about 20 MiB on that
+card, is cuBLAS workspaces, which are not predicted (they depend on the GPU: about 66 MiB on Hopper).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from bwsk.errors import BwskError
+from bwsk.memory.fake_step import MIB, fake_step, require_one_of, stock_peak
+from bwsk.reversible import make_reversible
+from bwsk.reversible.plan import BudgetTooSmall
+
+if TYPE_CHECKING:
+    from bwsk.study.params import Params
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted memory of one training step, in MiB.
+
+    `phases`: peak within forward, backward and optimizer. `kinds`: what makes up the peak: weights, gradients,
+    optimizer states, activations (kept by the forward for the backward) and temporaries. `flops`: of the step's matrix
+    products, recomputation included.
+    """
+
+    peak_mib: float
+    phases: dict[str, float]
+    kinds: dict[str, float]
+    flops: int
+    model: str
+    mode: str
+    precision: str
+    optimizer: str
+    attention: str
+    batch: int
+    input_length: int
+    target_length: int | None
+    budget: str | None = None
+    predicted: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON-ready mapping."""
+        return asdict(self)
+
+
+def predict_memory(
+    model: Any,
+    *,
+    batch: int = 4,
+    input_length: int = 256,
+    target_length: int | None = None,
+    mode: str = "conventional",
+    precision: str = "fp32",
+    budget: Any = None,
+    optimizer: str | None = None,
+    attention: str = "eager",
+) -> Prediction:
+    """Predict the peak memory of one training step of a Hugging Face model.
+
+    `model`: a model or a config; a model is only read. Lengths are in tokens (images take theirs from the config);
+    `target_length` defaults to `input_length` and counts for encoder-decoder models only. `precision`: "fp32", or
+    float32 weights under autocast "bf16" or "fp16". `budget`: as for `make_reversible`, in mode "reversible" only.
+    `optimizer`: AdamW "fused", "foreach" or "loop"; default is what PyTorch picks by itself on CUDA (foreach), and
+    fused in mode "reversible". Raises `BwskError` on arguments or models it cannot use.
+    """
+    require_one_of("mode", mode, ("conventional", "checkpoint", "reversible"))
+    if optimizer is not None:
+        require_one_of("optimizer", optimizer, ("fused", "foreach", "loop"))
+    if budget is not None and mode != "reversible":
+        raise BwskError(f"budget: found {budget!r} with mode {mode!r}; a budget belongs to mode 'reversible'")
+    optimizer = optimizer or ("fused" if mode == "reversible" else "foreach")
+    budget = "fast" if budget is None and mode == "reversible" else budget
+    named = None if budget is None else str(budget)
+    step = (model, batch, input_length, target_length, precision, attention)
+    if isinstance(budget, float) and 0.0 < budget <= 1.0:
+        # As `make_reversible` takes it, which could not ask within the fake step.
+        budget = f"{budget * stock_peak(model, step[1:4], precision, attention) / MIB:.3f}MiB"
+
+    def prepare(fake: nn.Module, targets: int | None) -> None:
+        if mode == "checkpoint":
+            _enable_checkpointing(fake)
+        elif mode == "reversible":
+            make_reversible(
+                fake, budget, batch=batch, input_length=input_length, target_length=targets, precision=precision
+            )
+
+    run = fake_step(*step, prepare)
+    phases, kinds = run.summary(optimizer)
+    return Prediction(
+        peak_mib=round(max(phases.values()), 2),
+        phases={name: round(size, 2) for name, size in phases.items()},
+        kinds={name: round(size, 2) for name, size in kinds.items()},
+        flops=run.flops,
+        model=run.model,
+        mode=mode,
+        precision=precision,
+        optimizer=optimizer,
+        attention=attention,
+        batch=batch,
+        input_length=input_length,
+        target_length=run.target_length,
+        budget=named,
+    )
+
+
+def largest_batch(model: Any, limit_mib: float, *, maximum: int = 4096, **step: Any) -> int:
+    """The largest batch whose predicted peak is within `limit_mib`; 0 if not even one sequence fits.
+
+    Under a budget that is a size, a batch that no plan keeps within it does not fit either.
+    `step`: arguments of `predict_memory` without batch. Peaks grow almost in a straight line with the batch, so that
+    each guess is where the line through the last two predictions meets the limit.
+    """
+
+    def peak(size: int) -> float:
+        try:
+            return predict_memory(model, batch=size, **step).peak_mib
+        except BudgetTooSmall:
+            if isinstance(step.get("budget"), float):  # a fraction, which small batches miss and large ones may meet
+                raise
+            return math.inf
+
+    low, low_peak = 1, peak(1)
+    if low_peak > limit_mib:
+        return 0
+    high, high_peak = None, None
+    guess = 8
+    while high is None or high - low > 1:
+        guess = max(low + 1, min(guess, maximum if high is None else high - 1))
+        size = peak(guess)
+        if size <= limit_mib:
+            slope = (size - low_peak) / (guess - low)
+            low, low_peak = guess, size
+            if low >= maximum:
+                return maximum
+        else:
+            slope = (size - low_peak) / (guess - low)
+            high, high_peak = guess, size
+        guess = low + max(1, int((limit_mib - low_peak) / max(slope, 1e-9)))
+        if size == math.inf:
+            guess = (low + high) // 2
+        if high is None and guess > 4 * low:
+            guess = max(guess, low + 1)
+        if high is not None and high_peak is not None:
+            guess = min(guess, high - 1)
+    return low
+
+
+def out_of_memory(params: Params, variant: str, model: Any, device: torch.device, free: float | None) -> BwskError:
+    """The error that tells what a step of `variant` is predicted to need, what there is, and what would fit.
+
+    `model`: a model or its config, which is only read. `free`: `free_memory` as it was before the run began; what a
+    failed run has given back cannot be seen from within its process.
+    """
+    train = params.train
+    reversible = variant.endswith("bwsk-reversible")
+    step: dict[str, Any] = {
+        **params.step,
+        "mode": "reversible" if reversible else "conventional",
+        "budget": train.budget if reversible else None,
+        "optimizer": "fused",
+    }
+    predicted = predict_memory(model, batch=train.batch_size, **step).peak_mib
+    text = (
+        f"{variant}: out of memory on {device.type}: a step of batch {train.batch_size} is predicted to need "
+        f"{predicted:,.0f} MiB"
+    )
+    if free is None:
+        return BwskError(f"{text}; set train.batch_size lower")
+    return BwskError(f"{text}, {free:,.0f} MiB were free; {_what_fits(model, train.batch_size, free, step)}")
+
+
+def _what_fits(model: Any, batch: int, free: float, step: dict[str, Any]) -> str:
+    fits = largest_batch(model, free, maximum=batch, **step)
+    if fits >= batch:
+        return "by this the step would fit: close what else uses the memory, or set train.batch_size lower"
+    advice = [f"set train.batch_size to {fits} at most"] if fits else []
+    for budget in ("fast", "max"):
+        other = {**step, "mode": "reversible", "budget": budget}
+        if step["budget"] != budget and predict_memory(model, batch=batch, **other).peak_mib <= free:
+            advice.append(f"train bwsk-reversible with train.budget: {budget}, which fits")
+            break
+    return ", or ".join(advice) or "not even one sequence fits: use a smaller tokens.block or a larger machine"
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    try:
+        # Named activation_checkpointing_enable in newer transformers, which still accept this name with a warning.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except (ValueError, NotImplementedError) as error:
+        raise BwskError(
+            f"{type(model).__name__}: transformers cannot checkpoint it ({error}); use another mode"
+        ) from None

@@ -1,0 +1,360 @@
+"""Other Hugging Face architectures: regions of the stock graph that are redone, and a plan measured on fake tensors.
+
+Where no engine of its own exists, the stock autograd graph stays, and regions of it are redone by PyTorch's
+non-reentrant checkpoint, which leaves the order of every sum as it is. Two levels per block:
+
+    core    attention from q, k, v: scores, softmax and dropout are redone, the products around them kept
+    block   the whole block from its input
+
+On top, causal language models get the loss head that keeps one copy of the logits. Kept bytes, working memory and FLOPs
+of each block are read off a training step on fake tensors, once per level; the plan is then solved like T5's.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bwsk.architecture import build
+from bwsk.budget import parse_budget
+from bwsk.errors import BwskError
+from bwsk.memory.allocation_log import Tracker
+from bwsk.memory.fake_step import example_inputs, faked, step_loss, stock_peak
+from bwsk.reversible.cross_entropy import cross_entropy
+from bwsk.reversible.patching import globally_hooked, hooked, put, require_stock_forward, stock_forward, take_off
+from bwsk.reversible.plan import Choice, Head, Plan, Row, Unit, met, solve, verdict
+
+_KINDS = ("eager", "sdpa")
+_NAME = "bwsk"
+_LEVELS = ("core", "block")
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+):
+    """The attention that the module's own config asks for, redone while it trains."""
+    kind = module._bwsk._attn_implementation
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    plain = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager)
+    redo = kind in _KINDS and module.training and torch.is_grad_enabled() and not kwargs.get("output_attentions")
+    if not redo:
+        return plain(module, query, key, value, attention_mask, **kwargs)
+    return _redone(plain, (), module, query, key, value, attention_mask, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
+
+
+def _redone(function: Callable[..., Any], weights: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, redone in the backward; `weights`: what it reads beside its arguments.
+
+    PyTorch's checkpoint redoes whatever is there by then; here tensors that changed in between are an error, as they
+    are for stock autograd.
+    """
+    read = [*weights, *(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))]
+    versions = [tensor._version for tensor in read]
+    begun = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if begun and versions != [tensor._version for tensor in read]:
+            raise BwskError(
+                "make_reversible: weights or inputs of a block were changed in place between forward and backward"
+            )
+        begun.append(True)
+        return function(*args, **kwargs)
+
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+def _holds_nothing(cache: Cache, layer: int) -> bool:
+    """Whether a cache is of plain keys and values, and has none yet of the layer.
+
+    Other layers of a cache (linear attention, states of a convolution) come with other methods than an empty
+    `DynamicCache` has.
+    """
+    if type(cache) is not DynamicCache:
+        return False
+    if layer < len(cache.layers) and type(cache.layers[layer]) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return False
+    return cache.get_seq_length(layer) == 0
+
+
+def _block(self, *args, **kwargs):
+    """Forward of a block that is redone as a whole while it trains.
+
+    A generation cache is on by default in transformers, in training too, and the layout that it gives to the keys shows
+    in the rounding. The first forward fills it as ever; the second gets an empty one of its own.
+    """
+    stock = stock_forward(self)
+    if not self.training or not torch.is_grad_enabled():
+        return stock(*args, **kwargs)
+    if globally_hooked() or any(hooked(inner) for inner in self.modules() if inner is not self):
+        return stock(*args, **kwargs)
+    tensors = [*self.parameters(), *self.buffers()]
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+    if caches:
+        layer = next((m.layer_idx for m in self.modules() if getattr(m, "layer_idx", None) is not None), None)
+        if layer is None or not _holds_nothing(caches[0], layer):
+            return stock(*args, **kwargs)
+    calls = []
+
+    def run(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > 1:
+            if any(now is not then for now, then in zip((*self.parameters(), *self.buffers()), tensors, strict=True)):
+                raise BwskError("make_reversible: a block got other weights between forward and backward")
+            empty = DynamicCache()
+            args = [empty if isinstance(value, Cache) else value for value in args]
+            kwargs = {key: empty if isinstance(value, Cache) else value for key, value in kwargs.items()}
+        return stock(*args, **kwargs)
+
+    return _redone(run, tensors, *args, **kwargs)
+
+
+def _causal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' causal language model loss; the plain mean keeps one copy of the logits."""
+    if num_items_in_batch is not None or shift_labels is not None or not torch.is_grad_enabled():
+        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+    shifted = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous().view(-1).to(logits.device)
+    return cross_entropy(logits.float().view(-1, vocab_size), shifted, 64, ignore_index)
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's repeated blocks by name, outermost ones only; raises `BwskError` where there are none to redo."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer + ".") for outer in found)
+        if isinstance(module, GradientCheckpointingLayer) and not inside:
+            found[name] = module
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if not found:
+        raise BwskError(
+            f"{kind}: its blocks are not transformers' GradientCheckpointingLayer, so there is no unit to redo safely; "
+            "not supported"
+        )
+    for name, module in found.items():
+        for inner in module.modules():
+            if isinstance(inner, (nn.RNNBase, nn.modules.batchnorm._BatchNorm)):
+                raise BwskError(
+                    f"{kind}: {name} holds {type(inner).__name__}, whose state a second forward would change; "
+                    "not supported"
+                )
+            if hooked(inner):
+                raise BwskError(
+                    f"{kind}: a forward hook on {type(inner).__name__} inside {name} would see the recomputation too; "
+                    "remove it before make_reversible"
+                )
+            if "expert" in type(inner).__name__.lower():
+                raise BwskError(
+                    f"{kind}: {name} routes tokens to experts; a redone routing can differ in rounding; not supported"
+                )
+    return found
+
+
+def attentions(block: nn.Module) -> list[nn.Module]:
+    """The modules of a block that look up an attention implementation in their config."""
+    found = []
+    for module in block.modules():
+        space = vars(sys.modules.get(type(module).__module__, object)) if hasattr(module, "config") else {}
+        if "eager_attention_forward" in space and "Attention" in type(module).__name__:
+            found.append(module)
+    return found
+
+
+def install(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
+    """Set up the levels of the named blocks; returns the modules touched."""
+    touched: list[nn.Module] = []
+    for name, block in blocks(model).items():
+        if levels.get(name) == "block":
+            require_stock_forward(name, block)
+            put(block, _block, None)
+            touched.append(block)
+            continue
+        for attention in attentions(block):
+            kind = attention.config._attn_implementation
+            if kind not in _KINDS or getattr(attention.config, "reorder_and_upcast_attn", False):
+                continue
+            attention._bwsk = attention.config
+            own = copy.copy(attention.config)
+            own._attn_implementation_internal = _NAME
+            attention.config = own
+            touched.append(attention)
+    # A class that names no loss of its own, such as GPT2LMHeadModel, has this one too.
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
+    if loss is ForCausalLMLoss and model.get_output_embeddings() is not None and "_loss_function" not in vars(model):
+        model._loss_function = _causal_loss
+        model._bwsk = None
+        touched.append(model)
+    return touched
+
+
+def uninstall(modules: list[nn.Module]) -> None:
+    """Take off what `install` set up."""
+    for module in modules:
+        before = take_off(module)
+        if before is not None:
+            module.config = before
+        if module.__dict__.get("_loss_function") is _causal_loss:
+            del module._loss_function
+
+
+@dataclass
+class _Measured:
+    """One level's step on fake tensors, bytes and FLOPs per block in forward order."""
+
+    kept: list[int]
+    work: list[int]
+    gradients: list[int]
+    forward: list[int]
+    flops: int
+    head_kept: int
+    head_peak: int
+    head_gradient: int
+    head_forward: int
+    resting: int
+    outer: int
+
+
+def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, level: str, attention: str) -> _Measured:
+    """Run one step with every block at `level` ("stock", "core" or "block") and read off its blocks."""
+    with faked(config, attention) as model:
+        units = list(blocks(model).values())
+        if level != "stock":
+            install(model, dict.fromkeys(blocks(model), level))
+        inputs = example_inputs(model, *shape)
+        tracker = Tracker()
+        totals: dict[tuple[str, int], int] = {}
+        flops: dict[tuple[str, int], int] = {}
+
+        def note(moment: str, index: int) -> None:
+            totals.setdefault((moment, index), len(tracker.log.events))
+            flops.setdefault((moment, index), tracker.flops)
+
+        def watch(index: int) -> None:
+            def enter(module, args, kwargs):
+                note("enter", index)
+
+            def leave(module, args, output):
+                note("leave", index)
+                out = output if isinstance(output, Tensor) else output[0]
+                out.register_hook(lambda g: note("back", index))
+
+            units[index].register_forward_pre_hook(enter, with_kwargs=True)
+            units[index].register_forward_hook(leave)
+
+        with tracker:
+            for parameter in model.parameters():
+                tracker.adopt(parameter)
+            weights = sum(tracker.log.sizes.values())
+            for index in range(len(units)):
+                watch(index)
+            loss = step_loss(model, inputs, precision)
+            note("loss", 0)
+            torch.autograd.backward(loss)
+            del loss
+            note("end", 0)
+            tracker.stop()
+        gradients = [
+            sum(p.numel() * p.element_size() for p in unit.parameters() if p.grad is not None) for unit in units
+        ]
+        whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.grad is not None)
+    course = [0]
+    for _, size in tracker.log.events:
+        course.append(course[-1] + size)
+    at = {moment: course[index] for moment, index in totals.items()}
+    last = len(units) - 1
+    work = []
+    for index in range(len(units)):
+        begin = totals["back", index]
+        end = totals["back", index - 1] if index else totals["end", 0]
+        work.append(max(0, max(course[begin : end + 1]) - course[begin]))
+    head_span = course[totals["loss", 0] : totals["back", last] + 1]
+    begin, end = totals["loss", 0], totals["back", last]
+    return _Measured(
+        kept=[at["leave", i] - at["enter", i] for i in range(len(units))],
+        work=work,
+        gradients=gradients,
+        forward=[flops["leave", i] - flops["enter", i] for i in range(len(units))],
+        flops=tracker.flops,
+        head_kept=at["loss", 0] - at["leave", last],
+        head_peak=max(head_span) - course[begin],
+        head_gradient=max(0, course[end] - at["leave", last]),
+        head_forward=flops["loss", 0] - flops["leave", last],
+        resting=weights,
+        outer=whole - sum(gradients),
+    )
+
+
+def plan_general(config: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
+    """The plan for a config without an engine of its own: `shape` is (batch, input tokens, target tokens)."""
+    attention = getattr(config, "_attn_implementation", None) or "eager"
+    attention = attention if attention in _KINDS else "eager"
+    batch, ins, outs = shape
+    seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+    lengths = (batch, ins, outs if seq2seq else None)
+    asked = parse_budget(budget, lambda: stock_peak(config, lengths, precision, attention))
+    stock = _measure(config, lengths, precision, "stock", attention)
+    found = {level: _measure(config, lengths, precision, level, attention) for level in _LEVELS}
+    names = list(blocks(build(config)))
+    units = []
+    for index, name in enumerate(names):
+        choices = tuple(
+            Choice(one.kept[index], max(0, (one.flops - stock.flops) // len(names)), one.work[index], ((name, level),))
+            for level, one in found.items()
+        )
+        units.append(Unit(name, choices, stock.gradients[index], stock.forward[index]))
+    core = found["core"]
+    head = Head("exact", core.head_kept, core.head_peak, core.head_gradient, core.head_forward)
+    base = 3 * core.resting + max(0, core.outer - core.head_gradient) // 2
+    plan = Plan(asked, units, [0] * len(units), head, base, _describe, "bit-identical (stock graph, regions redone)")
+    return met(solve(plan, asked.cap, asked.flops), 4 * core.resting)
+
+
+def _describe(plan: Plan) -> list[Row]:
+    rows = []
+    for choice in plan.choices:
+        ((name, level),) = choice.levels
+        if level == "block":
+            rows.append(Row(name, "whole block", "S and K", "redone", choice.kept, choice.flops))
+            continue
+        rows += [
+            Row(name, "q kᵀ + mask", verdict("product"), "redone", 0, choice.flops // 2),
+            Row(name, "softmax", verdict("softmax"), "redone", 0, 0),
+            Row(name, "dropout", verdict("dropout", training=True, p=0.1), "redone", 0, 0),
+            Row(name, "P v", verdict("product"), "redone", 0, choice.flops - choice.flops // 2),
+            Row(name, "everything else", "S and K", "kept", choice.kept, 0),
+        ]
+    return rows
+
+
+def plan_model(model: nn.Module, budget: Any, shape: tuple[int, int, int], precision: str) -> Plan:
+    """The plan for a model without an engine of its own."""
+    blocks(model)  # refused here with its hooks, which a model built from the config would not have
+    return plan_general(_named(model), budget, shape, precision)
+
+
+def _named(model: nn.Module) -> Any:
+    """The model's config, naming the model's own class."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config._attn_implementation_internal = model.config._attn_implementation
+    return config

@@ -1,0 +1,1 @@
+"""The engine for T5 and its relatives."""

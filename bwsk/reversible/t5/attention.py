@@ -1,0 +1,299 @@
+"""T5's attention sublayer, x + dropout(o(attention(norm(x)))), forward and backward from what a rule keeps.
+
+    q, k, v = W n(x);  P = softmax(q kᵀ + bias + mask);  out = dropout(P) v;  y = x + dropout(W_o out)
+
+S-phases between two matrix products are redone from their entry; of the K-operations only the residue is kept: one bit
+per element for the two dropouts, one statistic per row for the norm. Every operator runs on the same operands, in the
+same layout and order as in transformers' eager T5 and in autograd's derivative of it, so the gradients are the same
+bits. Contributions that autograd adds up one by one (k and v of the encoder states; residual, product and square of
+the norm) are returned one by one, and the engine adds them in its own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bwsk.reversible.dropout import (
+    acts_as_cuda,
+    drop,
+    drop_backward,
+    random_state,
+    redrop,
+    restored_random_state,
+    unpack_bits,
+)
+from bwsk.reversible.t5.linear import as_forward, cast, linear, linear_grad_input, linear_grad_weight
+from bwsk.reversible.t5.rms_norm import rms_apply, rms_backward, rms_statistic
+
+
+@dataclass
+class AttentionCall:
+    """One run of one attention sublayer: everything about it that is not a tensor."""
+
+    heads: int
+    width: int
+    eps: float
+    scaling: float
+    p_core: float
+    p_out: float
+    crossed: bool
+    dtype: torch.dtype | None
+    level: str = "core"
+    cached: bool = False  # the stock step fills a generation cache, which leaves keys and values contiguous by head
+    core: Callable[..., Tensor] | None = None  # another attention implementation than eager, rerun as a whole
+
+
+@dataclass
+class AttentionTape:
+    """What the forward of one attention sublayer produced; the rule decides which of it survives until the backward."""
+
+    r: Tensor | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    out: Tensor | None = None
+    core_bits: Tensor | None = None
+    out_bits: Tensor | None = None
+
+
+@dataclass
+class AttentionWeights:
+    norm: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+
+
+def attention_weights(layer: nn.Module) -> AttentionWeights:
+    """The five weights of a T5LayerSelfAttention or T5LayerCrossAttention."""
+    modules = layer._modules
+    attention = modules["SelfAttention"] if "SelfAttention" in modules else modules["EncDecAttention"]
+    inner = attention._modules
+    return AttentionWeights(
+        modules["layer_norm"]._parameters["weight"], *(inner[name]._parameters["weight"] for name in "qkvo")
+    )
+
+
+def _heads(x: Tensor, call: AttentionCall) -> Tensor:
+    """(B, L, H·D) seen as (B, H, L, D)."""
+    return x.view(*x.shape[:-1], call.heads, call.width).transpose(1, 2)
+
+
+def _keys(call: AttentionCall, x: Tensor) -> Tensor:
+    """Keys or values by head, (B, H, S, D), in the layout of the stock step; rounding depends on it."""
+    x = _heads(x, call)
+    return x.contiguous() if call.cached else x
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(B, H, L, D) as (B·H, L, D), copied where the layout asks for it, as matmul does."""
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _probabilities(call: AttentionCall, q3: Tensor, kt3: Tensor, batch: int, bias: Tensor | None, mask: Tensor | None):
+    """softmax(q kᵀ + bias + mask), (B, H, L, S), and the dtype of the raw scores."""
+    with as_forward(call.dtype, q3.device.type):
+        scores = q3.bmm(kt3)
+    raw = scores.dtype
+    scores = scores.view(batch, call.heads, *scores.shape[-2:])
+    if call.scaling != 1.0:
+        scores = scores * call.scaling
+    for term in (bias, mask):
+        if term is not None:
+            in_place = torch.result_type(scores, term) == scores.dtype
+            scores = scores.add_(term) if in_place else scores + term
+    if call.dtype is not None and acts_as_cuda(scores):
+        # Autocast's rule for softmax, which the CPU does not have. From float16 it is one kernel on CUDA, which sums up
+        # long rows in another order than the float32 one.
+        if scores.is_cuda and scores.dtype is torch.float16:
+            return torch.softmax(scores, dim=-1, dtype=torch.float32), raw
+        scores = scores.to(torch.float32)
+    return torch.softmax(scores, dim=-1), raw
+
+
+def _project(call: AttentionCall, tape: AttentionTape, w: AttentionWeights, x: Tensor, states: Tensor | None):
+    """Fill in r, q, k, v of the tape; returns the norm's output in the compute dtype, the source of k and v, and the
+    dtype of the norm's output itself."""
+    if tape.r is None:
+        tape.r = rms_statistic(x, call.eps)
+    normed = rms_apply(x, tape.r, w.norm)
+    own_dtype, normed = normed.dtype, cast(normed, call.dtype)
+    source = cast(states, call.dtype) if call.crossed else normed
+    if tape.q is None:
+        with as_forward(call.dtype, x.device.type):
+            tape.q = linear(normed, w.q, call.dtype)
+            tape.k = linear(source, w.k, call.dtype)
+            tape.v = linear(source, w.v, call.dtype)
+    return normed, source, own_dtype
+
+
+def attention_forward(
+    call: AttentionCall,
+    w: AttentionWeights,
+    x: Tensor,
+    states: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    tape: AttentionTape | None = None,
+) -> tuple[Tensor, AttentionTape]:
+    """y of shape (B, L, d) and the tape. With a tape of kept residues the same forward is redone from them."""
+    again = tape is not None
+    tape = tape if again else AttentionTape()
+    _project(call, tape, w, x, states)
+    if call.core is not None:
+        if not again and call.p_core > 0.0:
+            tape.core_bits = random_state(x.device)
+        tape.out = _run_core(call, tape, bias, mask, again)[0].detach()
+        return _finish(call, w, x, tape, again), tape
+    q3, kt3 = _flat(_heads(tape.q, call)), _flat(_keys(call, tape.k).transpose(2, 3))
+    probabilities, _ = _probabilities(call, q3, kt3, x.shape[0], bias, mask)
+    del q3, kt3
+    if again:
+        dropped = redrop(probabilities, tape.core_bits, call.p_core)
+    else:
+        dropped, tape.core_bits = drop(probabilities, call.p_core)
+    del probabilities
+    tape.out = _context(call, dropped, tape.v, x.shape)
+    del dropped
+    return _finish(call, w, x, tape, again), tape
+
+
+def _finish(call: AttentionCall, w: AttentionWeights, x: Tensor, tape: AttentionTape, again: bool) -> Tensor:
+    """x + dropout(W_o out)."""
+    with as_forward(call.dtype, x.device.type):
+        projected = linear(tape.out, w.o, call.dtype)
+    if again:
+        projected = redrop(projected, tape.out_bits, call.p_out)
+    else:
+        projected, tape.out_bits = drop(projected, call.p_out)
+    return x + projected
+
+
+def _run_core(call: AttentionCall, tape: AttentionTape, bias: Tensor | None, mask: Tensor | None, again: bool):
+    """Run the attention implementation with its own graph: (out, its leaves q, k, v and the bias if it has a gradient).
+
+    The graph is made in the forward too, and dropped: which kernel an implementation picks depends on what requires
+    gradients. Its dropout is drawn inside the kernel, so its residue is the state of the random generator.
+    """
+    by_head = (_heads(tape.q, call), _keys(call, tape.k), _keys(call, tape.v))
+    leaves = [t.detach().requires_grad_() for t in by_head]
+    if bias is not None and bias.requires_grad:
+        bias = bias.detach().requires_grad_()
+        leaves.append(bias)
+    device = leaves[0].device
+    state = tape.core_bits if again else None
+    with torch.enable_grad(), as_forward(call.dtype, device.type), restored_random_state(state, device):
+        out = call.core(*leaves[:3], mask, bias)
+        return out.reshape(*out.shape[:2], -1).contiguous(), leaves
+
+
+def _context(call: AttentionCall, dropped: Tensor, v: Tensor, shape: torch.Size) -> Tensor:
+    """dropout(P) v as (B, L, H·D), contiguous."""
+    v3 = _flat(_keys(call, v))
+    with as_forward(call.dtype, v.device.type):
+        out = _flat(cast(dropped, call.dtype)).bmm(v3).view(shape[0], call.heads, shape[1], call.width)
+    return out.transpose(1, 2).contiguous().reshape(*shape[:-1], -1).contiguous()
+
+
+def attention_backward(
+    call: AttentionCall,
+    w: AttentionWeights,
+    tape: AttentionTape,
+    x: Tensor,
+    states: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    g: Tensor,
+    wants: tuple[bool, ...],
+):
+    """Gradients from g (B, L, d), the gradient of y.
+
+    `wants`: which of (bias, norm, q, k, v, o) need one. Returns (residual, product, square) of x, bias, (v, k) of the
+    encoder states, then (norm, q, k, v, o); None where not wanted.
+    """
+    wants_bias, wants_norm, wants_q, wants_k, wants_v, wants_o = wants
+    normed, source, through = _project(call, tape, w, x, states)
+    if call.core is None:
+        g_q, g_k, g_v, g_bias, gw_o = _core_backward(call, w, tape, x.shape, bias, mask, g, wants_bias, wants_o)
+    else:
+        g_q, g_k, g_v, g_bias, gw_o = _other_core_backward(call, w, tape, bias, mask, g, wants_o)
+    source2, normed2 = _rows(source), _rows(normed)
+    gw_v = linear_grad_weight(g_v, source2, w.v) if wants_v else None
+    gw_k = linear_grad_weight(g_k, source2, w.k) if wants_k else None
+    gw_q = linear_grad_weight(g_q, normed2, w.q) if wants_q else None
+    del source2, normed2, source, normed
+    from_v = cast(linear_grad_input(g_v, w.v, call.dtype), through)
+    from_k = cast(linear_grad_input(g_k, w.k, call.dtype), through)
+    from_q = cast(linear_grad_input(g_q, w.q, call.dtype), through)
+    del g_v, g_k, g_q
+    if call.crossed:
+        g_normed = from_q
+        g_states = (cast(from_v.view(states.shape), states.dtype), cast(from_k.view(states.shape), states.dtype))
+    else:
+        g_normed = from_v.add_(from_k).add_(from_q)
+        g_states = (None, None)
+    g_product, g_square, gw_norm = rms_backward(g_normed.view(x.shape), x, tape.r, w.norm, wants_norm)
+    return (cast(g, x.dtype), g_product, g_square), g_bias, g_states, (gw_norm, gw_q, gw_k, gw_v, gw_o)
+
+
+def _core_backward(call, w, tape, shape, bias, mask, g, wants_bias, wants_o):
+    """Through dropout, W_o, the eager core and the split into heads: gradients of q, k, v as rows, bias and W_o."""
+    batch, length, _ = shape
+    q3, kt3 = _flat(_heads(tape.q, call)), _flat(_keys(call, tape.k).transpose(2, 3))
+    p, raw = _probabilities(call, q3, kt3, batch, bias, mask)
+    mask_bits = None if tape.core_bits is None else unpack_bits(tape.core_bits, p.shape)  # once for both directions
+    dropped = redrop(p, mask_bits, call.p_core)
+    out = tape.out if tape.out is not None else _context(call, dropped, tape.v, shape)
+
+    g_o = _rows(drop_backward(cast(g, out.dtype), tape.out_bits, call.p_out))
+    gw_o = linear_grad_weight(g_o, _rows(out), w.o) if wants_o else None
+    g_out = linear_grad_input(g_o, w.o, call.dtype)
+    del g_o, out
+    g3 = _flat(g_out.view(batch, length, call.heads, call.width).transpose(1, 2))
+    del g_out
+    g_v3 = _flat(cast(dropped, call.dtype)).transpose(1, 2).bmm(g3)
+    del dropped
+    v3 = _flat(_keys(call, tape.v))
+    g_p = cast(g3.bmm(v3.transpose(1, 2)).view(p.shape), p.dtype)
+    del g3, v3
+    # Both in place: an elementwise product, and a row operation that reads its row before it writes it.
+    g_p = drop_backward(g_p, mask_bits, call.p_core, own=True)
+    g_scores = torch.ops.aten._softmax_backward_data.out(g_p, p, -1, p.dtype, grad_input=g_p)
+    del g_p, p
+    g_bias = cast(g_scores.sum_to_size(bias.shape), bias.dtype) if wants_bias else None
+    g_scores = cast(g_scores, raw)
+    if call.scaling != 1.0:
+        g_scores = g_scores * call.scaling
+    g_scores = _flat(g_scores)
+    g_q3 = g_scores.bmm(kt3.transpose(1, 2))
+    g_kt3 = q3.transpose(1, 2).bmm(g_scores)
+    del g_scores, q3, kt3
+
+    g_v = _merge(g_v3.view(batch, call.heads, -1, call.width))
+    g_k = _merge(g_kt3.view(batch, call.heads, call.width, -1).transpose(2, 3))
+    g_q = _merge(g_q3.view(batch, call.heads, -1, call.width))
+    return g_q, g_k, g_v, g_bias, gw_o
+
+
+def _merge(g: Tensor) -> Tensor:
+    """(B, H, L, D) as (B·L, H·D)."""
+    return _rows(g.transpose(1, 2).reshape(g.shape[0], g.shape[2], -1))
+
+
+def _other_core_backward(call, w, tape, bias, mask, g, wants_o):
+    """The same through an attention implementation that is rerun with its own graph."""
+    out, leaves = _run_core(call, tape, bias, mask, again=True)
+    g_o = _rows(drop_backward(cast(g, out.dtype), tape.out_bits, call.p_out))
+    gw_o = linear_grad_weight(g_o, _rows(out.detach()), w.o) if wants_o else None
+    g_out = linear_grad_input(g_o, w.o, call.dtype).view(out.shape)
+    g_q, g_k, g_v, *g_bias = torch.autograd.grad(out, leaves, g_out)
+    return _merge(g_q), _merge(g_k), _merge(g_v), g_bias[0] if g_bias else None, gw_o

@@ -1,0 +1,282 @@
+"""Bytes, FLOPs and working memory of each way to run a T5 block, from the config and the batch shape alone.
+
+Sizes follow what `nodes` saves. X = B·L·d elements of the residual stream (float32 under autocast too), E bytes per
+element in the compute dtype. One multiply-add is two FLOPs; elementwise operations are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from bwsk.reversible.cross_entropy import block_rows, chunk_rows
+from bwsk.reversible.plan import Choice, Head, Plan, Row, Unit, verdict
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch: sequences, tokens in and out, and bytes per element of the compute dtype."""
+
+    batch: int
+    input_length: int
+    target_length: int
+    element: int = 4
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of a T5 a class is built of."""
+
+    decoder: bool = True
+    projection: bool = True  # onto the vocabulary, with the loss on it
+    prefix: str = ""  # what the names of the stacks begin with
+
+    @classmethod
+    def of(cls, kind: type) -> Parts:
+        """Those of a class of transformers or of one derived from it."""
+        names = [base.__name__.removeprefix("M") for base in kind.__mro__]
+        heads = ("T5ForSequenceClassification", "T5ForTokenClassification")
+        return cls(
+            decoder=not any(name in names for name in ("T5EncoderModel", "T5ForTokenClassification")),
+            projection="T5ForConditionalGeneration" in names,
+            prefix="transformer." if any(name in names for name in heads) else "",
+        )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    kept: int
+    flops: int
+    work: int
+
+
+def _attention(config: Any, shape: Shape, length: int, source: int, crossed: bool) -> dict[str, _Piece]:
+    """Level to cost of one attention sublayer with `length` queries and `source` keys."""
+    b, d, inner, e = shape.batch, config.d_model, config.num_heads * config.d_kv, shape.element
+    scores = b * config.num_heads * length * source
+    stream, rows, keys = b * length * d, b * length * inner, b * source * inner
+    bits = scores // 8 + stream // 8
+    one = 2 * b * length * source * inner
+    project = 2 * b * length * d * inner + 4 * b * source * d * inner
+    # Probabilities and their gradient in float32, the mask, bits spread out; operands of the batched products.
+    work = 2 * 4 * scores + scores + 3 * e * (rows + keys) + 2 * 4 * stream
+    core = 4 * b * length + e * (rows + 2 * keys) + bits
+    entry = bits
+    return {
+        "core": _Piece(core + e * rows, one, work),
+        "qkv": _Piece(core, 2 * one, work + e * rows),
+        "entry": _Piece(entry, 2 * one + project, work + e * (2 * rows + 2 * keys)),
+    }
+
+
+def _feed(config: Any, shape: Shape, length: int) -> dict[str, _Piece]:
+    """Level to cost of one feed-forward sublayer."""
+    b, d, f, e = shape.batch, config.d_model, config.d_ff, shape.element
+    branches = 2 if config.is_gated_act else 1
+    hidden, stream = b * length * f, b * length * d
+    rectified = not config.is_gated_act and config.dense_act_fn == "relu"
+    work = e * hidden * (2 if rectified else 3 + 2 * branches) + 3 * 4 * stream
+    first = 2 * stream * f * branches
+    core = 4 * b * length + e * hidden * branches + stream // 8 + (0 if rectified else hidden // 8)
+    return {
+        "core": _Piece(core, 0, work),
+        "entry": _Piece(stream // 8 + hidden // 8, first, work + (0 if rectified else e * hidden * branches)),
+    }
+
+
+def _forward(config: Any, shape: Shape, length: int, sources: list[int]) -> int:
+    b, d, inner = shape.batch, config.d_model, config.num_heads * config.d_kv
+    flops = 2 * b * length * d * config.d_ff * (3 if config.is_gated_act else 2)
+    for source in sources:
+        flops += 4 * b * length * source * inner + 4 * b * length * d * inner + 4 * b * source * d * inner
+    return flops
+
+
+def _weights(config: Any, attentions: int) -> int:
+    d, inner = config.d_model, config.num_heads * config.d_kv
+    return attentions * (4 * d * inner + d) + d * config.d_ff * (3 if config.is_gated_act else 2) + d
+
+
+def _unit(
+    config: Any, shape: Shape, name: str, sublayers: list[str], length: int, sources: list[int], shared: int = 0
+) -> Unit:
+    """One block; `shared` bytes are kept by all blocks of its stack together and live until this first one is done."""
+    stream = 4 * shape.batch * length * config.d_model
+    inner = shape.element * shape.batch * length * config.num_heads * config.d_kv
+    pieces = [_attention(config, shape, length, s, i == 1) for i, s in enumerate(sources)] + [
+        _feed(config, shape, length)
+    ]
+    choices = []
+    for levels in product(*(piece.keys() for piece in pieces)):
+        costs = [piece[level] for piece, level in zip(pieces, levels, strict=True)]
+        kept = sum(cost.kept for cost in costs) + len(costs) * stream + shared
+        work = max(cost.work for cost in costs)
+        named = tuple(zip(sublayers, levels, strict=True))
+        choices.append(Choice(kept, sum(cost.flops for cost in costs), work, named))
+    entries = [piece["entry"] for piece in pieces]
+    # The residual stream between the sublayers needs W_o again, and the scores are made once more for the gradient.
+    heads = config.num_heads * config.d_kv
+    outs = 2 * shape.batch * length * heads * (config.d_model * len(sources) + sum(sources))
+    tapes = sum(inner * 2 + 2 * shape.element * shape.batch * s * config.num_heads * config.d_kv for s in sources)
+    choices.append(
+        Choice(
+            stream + sum(entry.kept for entry in entries) + shared,
+            sum(entry.flops for entry in entries) + outs,
+            max(entry.work for entry in entries) + tapes + stream * len(sources),
+            ((name, "block"),),
+        )
+    )
+    choices.sort(key=lambda choice: (-choice.kept, choice.flops))
+    useful = [c for i, c in enumerate(choices) if all(c.flops < o.flops for o in choices[i + 1 :]) or i == 0]
+    core = next(i for i, c in enumerate(useful) if all(level == "core" for _, level in c.levels))
+    return Unit(
+        name, tuple(useful[core:]), 4 * _weights(config, len(sources)), _forward(config, shape, length, sources)
+    )
+
+
+def parameters(config: Any, parts: Parts) -> int:
+    """Parameters of a T5 of this config, without the few of a classifier."""
+    d, table = config.d_model, config.vocab_size * config.d_model
+    blocks = config.num_layers * _weights(config, 1)
+    if parts.decoder:
+        blocks += config.num_decoder_layers * _weights(config, 2)
+    stacks = 2 if parts.decoder else 1
+    biases = stacks * config.relative_attention_num_buckets * config.num_heads
+    tables = 2 if parts.projection and not getattr(config, "tie_word_embeddings", True) else 1
+    return blocks + biases + stacks * d + table * tables
+
+
+def units(config: Any, shape: Shape, parts: Parts) -> list[Unit]:
+    """The blocks of encoder and decoder in forward order."""
+    found, prefix = [], parts.prefix
+    stream, biases = 4 * shape.batch * shape.input_length * config.d_model, 4 * config.num_heads
+    for i in range(config.num_layers):
+        name = f"{prefix}encoder.block.{i}"
+        layers = [f"{name}.layer.{j}" for j in range(2)]
+        found.append(_unit(config, shape, name, layers, shape.input_length, [shape.input_length],
+                           0 if i else biases * shape.input_length**2))  # fmt: skip
+    for i in range(config.num_decoder_layers if parts.decoder else 0):
+        name = f"{prefix}decoder.block.{i}"
+        layers = [f"{name}.layer.{j}" for j in range(3)]
+        sources = [shape.target_length, shape.input_length]
+        # The position bias, the causal mask, and the encoder's output before and after its last norm and dropout.
+        shared = (biases + 4 * shape.batch) * shape.target_length**2 + 2 * stream
+        found.append(_unit(config, shape, name, layers, shape.target_length, sources, 0 if i else shared))
+    if not parts.projection:
+        # A lookup's gradient is as large as the table and comes when its stack is through; that of a second lookup is
+        # added out of place, so that three are alive.
+        table = 4 * config.vocab_size * config.d_model
+        lookups = {0: 2 * table, config.num_layers: table} if parts.decoder else {0: table}
+        found = [replace(u, gradients=u.gradients + lookups.get(i, 0)) for i, u in enumerate(found)]
+    return found
+
+
+def head(config: Any, shape: Shape, kind: str, parts: Parts) -> Head:
+    """The loss head: logits kept until their gradient is written over them, or no logits but gradients at once.
+
+    Without a projection onto the vocabulary there is only the last stack's output, before and after its last norm.
+    """
+    if not parts.projection:
+        outs = 2 * 4 * shape.batch * (shape.target_length if parts.decoder else shape.input_length) * config.d_model
+        return Head("none", outs, outs // 2, 0, 0)
+    tokens, d, v = shape.batch * shape.target_length, config.d_model, config.vocab_size
+    table, logits = 4 * v * d, tokens * v
+    forward, outs = 2 * tokens * d * v, 2 * 4 * tokens * d
+    if kind == "chunked":
+        return Head(kind, table + 4 * tokens * d + outs, 4 * 2 * v * min(tokens, chunk_rows(tokens)), table, forward)
+    block = 3 * 4 * v * min(tokens, block_rows(tokens, d))
+    narrow = shape.element * v * d if shape.element < 4 else 0  # the table's gradient before it is widened
+    return Head(kind, shape.element * logits + outs, max(block, table + narrow + 4 * tokens * d), table, forward)
+
+
+def describe(config: Any, shape: Shape, prefix: str = ""):
+    """A function that lists a plan's operations with their verdicts."""
+
+    def rows(plan: Plan) -> list[Row]:
+        found: list[Row] = []
+        for choice in plan.choices:
+            for module, level in choice.levels:
+                found += _rows(config, shape, module, level, prefix)
+        found += _head_rows(config, shape, plan.head)
+        return found
+
+    return rows
+
+
+def _rows(config: Any, shape: Shape, module: str, level: str, prefix: str) -> list[Row]:
+    decoder = module.startswith(f"{prefix}decoder")
+    length = shape.target_length if decoder else shape.input_length
+    if level == "block":
+        last = 2 if decoder else 1
+        stream = 4 * shape.batch * length * config.d_model
+        found = [Row(module, "residual stream", "its input", "kept", stream, 0)]
+        for j in range(last + 1):
+            found += _sublayer_rows(config, shape, f"{module}.layer.{j}", "entry", decoder, length, j < last)[1:]
+        return found
+    return _sublayer_rows(config, shape, module, level, decoder, length, False)
+
+
+def _sublayer_rows(config, shape, module, level, decoder, length, redo_output) -> list[Row]:
+    b, d, e = shape.batch, config.d_model, shape.element
+    stream = b * length * d
+    found = [
+        Row(module, "residual stream", "its input", "kept", 4 * stream, 0),
+        Row(module, "RMS norm", verdict("rms_norm", size=d), "residue" if level != "entry" else "redone",
+            4 * b * length if level != "entry" else 0, 0),
+    ]  # fmt: skip
+    dropped = verdict("dropout", training=True, p=0.1)
+    index = int(module.rsplit(".", 1)[1])
+    if index == (2 if decoder else 1):
+        hidden, branches = b * length * config.d_ff, 2 if config.is_gated_act else 1
+        again = level == "entry"
+        flops = 2 * stream * config.d_ff * branches if again else 0
+        narrow = verdict("linear", **{"in": d, "out": config.d_ff})
+        if config.is_gated_act or config.dense_act_fn != "relu":
+            kept = 0 if again else e * hidden * branches
+            found.append(Row(module, "W_i n(x)", narrow, "redone" if again else "kept", kept, flops))
+            found.append(Row(module, config.dense_act_fn, verdict("gelu"), "redone", 0, 0))
+            found.append(Row(module, "dropout", dropped, "residue", hidden // 8, 0))
+        else:
+            found.append(Row(module, "W_i n(x)", narrow, "redone", 0, flops))
+            found.append(Row(module, "ReLU", verdict("relu"), "redone", 0, 0))
+            kept = hidden // 8 if again else e * hidden
+            found.append(Row(module, "dropout", dropped, "residue" if again else "kept", kept, 0))
+        out = verdict("linear", **{"in": config.d_ff, "out": d})
+        found.append(Row(module, "W_o h", out, "passes through", 0, 0))
+    else:
+        source = shape.input_length if index == 1 else length
+        inner, scores = config.num_heads * config.d_kv, b * config.num_heads * length * source
+        again = level == "entry"
+        project = 2 * b * length * d * inner + 4 * b * source * d * inner
+        keys = e * (b * length * inner + 2 * b * source * inner)
+        square = verdict("linear", **{"in": d, "out": inner})
+        found.append(
+            Row(module, "q, k, v", square, "redone" if again else "kept", 0 if again else keys, project * again)
+        )
+        one = 2 * b * length * source * inner
+        found.append(Row(module, "q kᵀ + bias", verdict("product"), "redone", 0, one * (2 if redo_output else 1)))
+        found.append(Row(module, "softmax", verdict("softmax"), "redone", 0, 0))
+        found.append(Row(module, "dropout", dropped, "residue", scores // 8, 0))
+        whole = level == "core"
+        kept = e * b * length * inner if whole else 0
+        found.append(Row(module, "P v", verdict("product"), "kept" if whole else "redone", kept, one * (not whole)))
+        out = verdict("linear", **{"in": inner, "out": d})
+        flops = 2 * b * length * inner * d if redo_output else 0
+        found.append(Row(module, "W_o out", out, "redone" if redo_output else "passes through", 0, flops))
+    found.append(Row(module, "dropout", dropped, "residue", stream // 8, 0))
+    found.append(Row(module, "x + f(x)", verdict("merge"), "passes through", 0, 0))
+    return found
+
+
+def _head_rows(config: Any, shape: Shape, head: Head) -> list[Row]:
+    wide = verdict("linear", **{"in": config.d_model, "out": config.vocab_size})
+    if head.kind == "none":
+        return []
+    if head.kind == "chunked":
+        return [Row("lm_head", "logits and loss, by rows", verdict("loss"), "gradients kept", head.kept, 0)]
+    return [
+        Row("lm_head", "logits", wide, "kept", head.kept, 0),
+        Row("lm_head", "log-softmax", verdict("softmax"), "redone", 0, 0),
+        Row("lm_head", "cross-entropy", verdict("loss"), "residue", 4, 0),
+    ]

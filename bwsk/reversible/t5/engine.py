@@ -1,0 +1,168 @@
+"""The T5 family (T5, flan-T5, v1.1, mT5): stock modules, their forward replaced while they train (`forwards`).
+
+Modules, parameters, names and classes stay the stock ones: `forward` is set on the instance and deleted again by undo.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bwsk.errors import BwskError
+from bwsk.reversible.patching import put, require_stock_forward, take_off
+from bwsk.reversible.t5.forwards import (
+    block,
+    conditional,
+    cross_attention,
+    drop,
+    feed_forward,
+    lookup,
+    norm,
+    projection,
+    self_attention,
+)
+from bwsk.reversible.t5.rule import Part, Rule, parts_of
+from bwsk.reversible.t5.tied_embedding import Chain
+
+FAMILY = ("t5", "mt5")
+
+
+def is_family(model: nn.Module) -> bool:
+    """Whether the model is built of T5 stacks that this engine knows."""
+    return getattr(getattr(model, "config", None), "model_type", None) in FAMILY and bool(_stacks(model))
+
+
+def _stacks(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if type(m).__name__ in ("T5Stack", "MT5Stack") and _is_stock(m)]
+
+
+def _is_stock(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.models.")
+
+
+def prefix(model: nn.Module) -> str:
+    """What the module names of the stacks begin with: "" or, under a classification head, "transformer."."""
+    names = {id(m): n for n, m in model.named_modules()}
+    return min(names[id(stack)] for stack in _stacks(model)).removesuffix("encoder").removesuffix("decoder")
+
+
+def sublayers(model: nn.Module) -> dict[str, nn.Module]:
+    """The sublayers of every stack by their module name, in forward order."""
+    names = {id(m): n for n, m in model.named_modules()}
+    found: dict[str, nn.Module] = {}
+    for stack in _stacks(model):
+        for item in stack.block:
+            for layer in item.layer:
+                found[names[id(layer)]] = layer
+    return found
+
+
+def _check_linear(name: str, module: nn.Module) -> None:
+    if type(module) is not nn.Linear or module.bias is not None or "weight" not in module._parameters:
+        raise BwskError(
+            f"make_reversible: {name} is {type(module).__name__}, not a plain nn.Linear without bias; "
+            "apply make_reversible before adapters, quantisation or parametrisations, or leave them out"
+        )
+
+
+def _check_parts(layer_name: str, parts: tuple[Part, ...], linears: tuple[str, ...]) -> None:
+    for _, name, module, kind in parts:
+        if name in linears:
+            _check_linear(f"{layer_name}.{name}", module)
+        elif not kind.__module__.startswith(("transformers.", "torch.nn.")) or (
+            name == "dropout" and kind is not nn.Dropout
+        ):
+            raise BwskError(f"make_reversible: {layer_name}.{name} is {kind.__name__}, not the stock module")
+        elif name == "act" and any(True for _ in module.parameters()):
+            raise BwskError(
+                f"make_reversible: {layer_name}.{name} is {kind.__name__}, an activation with weights; not supported"
+            )
+
+
+def _rule_of_attention(name: str, layer: nn.Module, level: str, chain: Chain | None) -> Rule:
+    crossed = hasattr(layer, "EncDecAttention")
+    inside = "EncDecAttention" if crossed else "SelfAttention"
+    attention = getattr(layer, inside)
+    names = ("q", "k", "v", "o") + (("relative_attention_bias",) if attention.has_relative_attention_bias else ())
+    parts = parts_of(layer, "layer_norm", "dropout", inside) + parts_of(attention, *names)
+    _check_parts(name, parts, ("q", "k", "v", "o"))
+    facts = {"attention": attention, "norm": layer.layer_norm, "dropout": layer.dropout, "crossed": crossed}
+    return Rule(level, parts, chain, facts)
+
+
+def _rule_of_feed(name: str, layer: nn.Module, level: str) -> Rule:
+    dense = layer.DenseReluDense
+    gated = hasattr(dense, "wi_0")
+    linears = ("wi_0", "wi_1", "wo") if gated else ("wi", "wo")
+    parts = parts_of(layer, "layer_norm", "dropout", "DenseReluDense") + parts_of(dense, "act", "dropout", *linears)
+    _check_parts(name, parts, linears)
+    facts = {"dense": dense, "norm": layer.layer_norm, "dropout": layer.dropout, "gated": gated}
+    facts["rectified"] = not gated and type(dense.act) is nn.ReLU
+    return Rule(level, parts, facts=facts)
+
+
+def install(model: nn.Module, levels: dict[str, str], head: str) -> list[nn.Module]:
+    """Set the forwards. `levels`: sublayer or block name to level; `head`: "exact", "chunked" or "stock".
+
+    Returns the modules touched. Raises `BwskError`, before touching anything, on modules that are
+    not stock.
+    """
+    todo: list[tuple[nn.Module, Any, Rule]] = []
+    names = {id(m): n for n, m in model.named_modules()}
+    chain = Chain()
+    for stack in _stacks(model):
+        for item in stack.block:
+            as_block = levels.get(names[id(item)]) == "block"
+            parts: tuple[Part, ...] = parts_of(item, "layer")
+            facts: dict[str, Any] = {}
+            for index, layer in enumerate(item.layer):
+                name = names[id(layer)]
+                level = "entry" if as_block else levels.get(name, "core")
+                if level == "stock":
+                    continue
+                own = parts_of(item.layer, str(index))
+                _check_parts(f"{names[id(item)]}.layer", own, ())
+                parts += own
+                if hasattr(layer, "DenseReluDense"):
+                    rule, method = _rule_of_feed(name, layer, level), feed_forward
+                else:
+                    rule = _rule_of_attention(name, layer, level, chain if stack.is_decoder else None)
+                    method = cross_attention if rule.facts["crossed"] else self_attention
+                    facts = {"attention": rule.facts["attention"]}
+                parts += rule.parts
+                todo.append((layer, method, rule))
+            if as_block:
+                todo.append((item, block, Rule("block", parts, facts=facts)))
+        todo.append((stack.final_layer_norm, norm, Rule("core")))
+        todo.append((stack.dropout, drop, Rule("core")))
+    if type(model).__name__ in ("T5ForConditionalGeneration", "MT5ForConditionalGeneration") and head != "stock":
+        todo += _head_rules(model, head, chain)
+    for module, _, _ in todo:
+        require_stock_forward(names[id(module)], module)
+    for module, method, rule in todo:
+        put(module, method, rule)
+    return [module for module, _, _ in todo]
+
+
+def _head_rules(model: nn.Module, head: str, chain: Chain) -> list[tuple[nn.Module, Any, Rule]]:
+    _check_linear("lm_head", model.lm_head)
+    lookups = {id(stack.embed_tokens): stack.embed_tokens for stack in (model.encoder, model.decoder)}
+    for table in lookups.values():
+        if type(table) is not nn.Embedding or table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
+            raise BwskError(
+                f"make_reversible: embed_tokens is {type(table).__name__} with options that T5 does not use; "
+                "use a plain nn.Embedding"
+            )
+    found: list[tuple[nn.Module, Any, Rule]] = [
+        (table, lookup, Rule("core", chain=chain)) for table in lookups.values()
+    ]
+    found.append((model.lm_head, projection, Rule("core", chain=chain)))
+    found.append((model, conditional, Rule(head, parts_of(model, "lm_head"), chain=chain)))
+    return found
+
+
+def uninstall(modules: list[nn.Module]) -> None:
+    """Take the forwards off again."""
+    for module in modules:
+        take_off(module)

@@ -1,0 +1,350 @@
+"""The forwards that T5's modules get while they train.
+
+Each sublayer's `forward` becomes one autograd node (`nodes`), the lookups and the output projection pass the tied
+table on (`embedding`), the loss head keeps one copy of the logits (`loss`). In eval mode, without gradients, with a
+cache, with attentions asked for, or where a module inside a sublayer has hooks or is no longer the one that was there
+at first, the stock forward runs (`t5_rule.engaged`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bwsk.reversible.cross_entropy import chunked_cross_entropy, cross_entropy
+from bwsk.reversible.dropout import dropout
+from bwsk.reversible.guard import refuse_double_backward
+from bwsk.reversible.patching import stock_forward
+from bwsk.reversible.t5.attention import AttentionCall, attention_weights
+from bwsk.reversible.t5.feed_forward import FeedForwardCall, feedforward_weights
+from bwsk.reversible.t5.linear import autocast_dtype
+from bwsk.reversible.t5.nodes import AttentionNode, BlockCall, BlockNode, FeedForwardNode
+from bwsk.reversible.t5.rms_norm import rms_apply, rms_backward, rms_statistic
+from bwsk.reversible.t5.rule import Rule, changed, engaged
+from bwsk.reversible.t5.tied_embedding import LookupNode, ProjectionNode
+from bwsk.study.non_finite import OutOfFloat16
+
+
+@torch.compiler.disable
+def _eagerly(method: Any, *args: Any, **kwargs: Any) -> Any:
+    return method(*args, **kwargs)
+
+
+def outside_compile(method: Any) -> Any:
+    """Run `method` eagerly when torch.compile meets it: the engine's own order of operators is what it promises."""
+
+    @functools.wraps(method)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _eagerly(method, self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------- sublayers
+
+
+def _rate(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
+def _attention_call(layer: nn.Module, x: Tensor, level: str) -> AttentionCall:
+    facts = layer._bwsk.facts
+    attention = facts["attention"]
+    return AttentionCall(
+        heads=attention.n_heads,
+        width=attention.key_value_proj_dim,
+        eps=facts["norm"].variance_epsilon,
+        scaling=getattr(attention, "scaling", 1.0),
+        p_core=attention.dropout if attention.training else 0.0,
+        p_out=_rate(facts["dropout"]),
+        crossed=facts["crossed"],
+        dtype=autocast_dtype(x),
+        level=level,
+        core=_core(attention),
+        cached=layer._bwsk.chain is not None and layer._bwsk.chain.cached,
+    )
+
+
+def _core(attention: nn.Module):
+    """None for eager attention, which is followed operator by operator; otherwise the implementation, to be rerun."""
+    name = attention.config._attn_implementation
+    if name == "eager":
+        return None
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, None)
+    p = attention.dropout if attention.training else 0.0
+
+    def core(q, k, v, mask, bias):
+        return interface(attention, q, k, v, mask, dropout=p, scaling=attention.scaling, position_bias=bias)[0]
+
+    return core
+
+
+def _zero_bias(layer: nn.Module, x: Tensor, states: Tensor) -> Tensor | None:
+    """The zeros that stock cross-attention adds: they change no bit, but other kernels choose by their presence."""
+    attention = layer._bwsk.facts["attention"]
+    if attention.config._attn_implementation == "eager":
+        return None
+    dtype = autocast_dtype(x) or attention.q.weight.dtype
+    return torch.zeros((1, attention.n_heads, x.shape[1], states.shape[1]), device=x.device, dtype=dtype)
+
+
+def _own_bias(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The relative position bias: the given one, or computed by the first layer; without a table it would be zeros."""
+    attention = layer._bwsk.facts["attention"]
+    if bias is None and attention.has_relative_attention_bias:
+        return attention.compute_bias(x.shape[1], x.shape[1], device=x.device)
+    return bias
+
+
+def _stock_cache(layer: nn.Module) -> DynamicCache | None:
+    """An empty cache for a stock forward in a step that would have had one: it lays out keys and values the same way.
+
+    None where the stock step has none either; under gradient checkpointing transformers takes it away.
+    """
+    chain = layer._bwsk.chain
+    if chain is None or not chain.cached or layer._bwsk.facts["attention"].gradient_checkpointing:
+        return None
+    return DynamicCache()
+
+
+@outside_compile
+def self_attention(self, hidden_states, attention_mask=None, position_bias=None, past_key_values=None, **kwargs):
+    """T5LayerSelfAttention.forward while training."""
+    if not engaged(self, hidden_states, None, attention_mask, past_key_values=past_key_values, **kwargs):
+        return stock_forward(self)(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_bias=position_bias,
+            past_key_values=_stock_cache(self) if past_key_values is None else past_key_values,
+            **kwargs,
+        )
+    bias = _own_bias(self, hidden_states, position_bias)
+    w = attention_weights(self)
+    call = _attention_call(self, hidden_states, self._bwsk.level)
+    x = hidden_states
+    y = AttentionNode.apply(call, x, x, x, None, None, bias, attention_mask, w.norm, w.q, w.k, w.v, w.o)
+    return y, bias, None
+
+
+@outside_compile
+def cross_attention(
+    self, hidden_states, key_value_states, attention_mask=None, position_bias=None, past_key_values=None, **kwargs
+):
+    """T5LayerCrossAttention.forward while training. The stock bias of zeros is neither made nor added."""
+    if not engaged(self, hidden_states, key_value_states, attention_mask, past_key_values=past_key_values, **kwargs):
+        return stock_forward(self)(
+            hidden_states,
+            key_value_states,
+            attention_mask=attention_mask,
+            position_bias=position_bias,
+            past_key_values=_stock_cache(self) if past_key_values is None else past_key_values,
+            **kwargs,
+        )
+    w = attention_weights(self)
+    call = _attention_call(self, hidden_states, self._bwsk.level)
+    x, states = hidden_states, key_value_states
+    if position_bias is None:
+        position_bias = _zero_bias(self, x, states)
+    y = AttentionNode.apply(call, x, x, x, states, states, position_bias, attention_mask, w.norm, w.q, w.k, w.v, w.o)
+    return y, position_bias, None
+
+
+def _feed_call(layer: nn.Module, x: Tensor, level: str) -> FeedForwardCall:
+    facts = layer._bwsk.facts
+    dense, dtype = facts["dense"], autocast_dtype(x)
+    exempt = dtype is torch.float16 and isinstance(dense.wo.__dict__.get("forward"), OutOfFloat16)
+    return FeedForwardCall(
+        eps=facts["norm"].variance_epsilon,
+        p_hidden=_rate(dense.dropout),
+        p_out=_rate(facts["dropout"]),
+        act=dense.act,
+        gated=facts["gated"],
+        rectified=facts["rectified"],
+        dtype=dtype,
+        out_dtype=None if exempt else dtype,
+        level=level,
+    )
+
+
+@outside_compile
+def feed_forward(self, hidden_states):
+    """T5LayerFF.forward while training."""
+    if not engaged(self, hidden_states, None):
+        return stock_forward(self)(hidden_states)
+    w = feedforward_weights(self)
+    call = _feed_call(self, hidden_states, self._bwsk.level)
+    x = hidden_states
+    return FeedForwardNode.apply(call, x, x, x, w.norm, w.first, w.second, w.o)
+
+
+@outside_compile
+def block(
+    self,
+    hidden_states,
+    attention_mask=None,
+    position_bias=None,
+    encoder_hidden_states=None,
+    encoder_attention_mask=None,
+    encoder_decoder_position_bias=None,
+    past_key_values=None,
+    **kwargs,
+):
+    """T5Block.forward while training, where the whole block is redone from its input."""
+    x, states = hidden_states, encoder_hidden_states
+    own, *middle, feed = self.layer
+    plain = (
+        engaged(self, x, states, attention_mask, encoder_attention_mask, past_key_values=past_key_values, **kwargs)
+        and x.dtype is not torch.float16  # the stock block clamps float16 between its sublayers
+        and (encoder_decoder_position_bias is None or not encoder_decoder_position_bias.requires_grad)
+        and len(middle) == (states is not None)
+    )
+    if not plain:
+        return stock_forward(self)(
+            x,
+            attention_mask,
+            position_bias,
+            states,
+            encoder_attention_mask,
+            encoder_decoder_position_bias,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+    bias = _own_bias(own, x, position_bias)
+    calls = BlockCall(
+        _attention_call(own, x, "entry"),
+        _attention_call(middle[0], x, "entry") if middle else None,
+        _feed_call(feed, x, "entry"),
+    )
+    w = attention_weights(own)
+    weights = [w.norm, w.q, w.k, w.v, w.o]
+    if middle:
+        w = attention_weights(middle[0])
+        weights += [w.norm, w.q, w.k, w.v, w.o]
+    w = feedforward_weights(feed)
+    weights += [w.norm, w.first, w.second, w.o]
+    cross_bias = encoder_decoder_position_bias
+    cross_mask = encoder_attention_mask if middle else None
+    if middle and cross_bias is None:
+        cross_bias = _zero_bias(middle[0], x, states)
+    y = BlockNode.apply(calls, x, x, x, states, states, bias, attention_mask, cross_bias, cross_mask, *weights)
+    return y, bias, cross_bias
+
+
+class _NormNode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, _x1: Tensor, weight: Tensor, eps: float):
+        r = rms_statistic(x, eps)
+        ctx.save_for_backward(x, r, weight)
+        return rms_apply(x, r, weight)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        refuse_double_backward()
+        g_product, g_square, g_weight = rms_backward(g, *ctx.saved_tensors, ctx.needs_input_grad[2])
+        return g_product, g_square, g_weight, None
+
+
+@outside_compile
+def norm(self, hidden_states):
+    """T5LayerNorm.forward while training (the final norm of a stack)."""
+    if not engaged(self, hidden_states, None):
+        return stock_forward(self)(hidden_states)
+    return _NormNode.apply(hidden_states, hidden_states, self.weight, self.variance_epsilon)
+
+
+@outside_compile
+def drop(self, input):
+    """nn.Dropout.forward while training (the dropouts at both ends of a stack)."""
+    if not engaged(self, input, None) or self.inplace:
+        return stock_forward(self)(input)
+    return dropout(input, self.p)
+
+
+# ------------------------------------------------------------------------------------- table, projection and loss
+
+
+@outside_compile
+def lookup(self, input):
+    """nn.Embedding.forward inside a training forward of the whole model."""
+    chain = self._bwsk.chain
+    if not chain.active or not torch.is_grad_enabled() or not self.weight.requires_grad:
+        return stock_forward(self)(input)
+    padding = -1 if self.padding_idx is None else self.padding_idx
+    vectors, table = LookupNode.apply(chain.newest(self.weight), input, padding)
+    chain.passed_on(self.weight, table)
+    return vectors
+
+
+@outside_compile
+def projection(self, input):
+    """The output projection (nn.Linear without bias) inside a training forward of the whole model."""
+    chain = self._bwsk.chain
+    if not chain.active or not torch.is_grad_enabled():
+        return stock_forward(self)(input)
+    if chain.skip_projection:
+        return input
+    if not input.is_contiguous():
+        return nn.functional.linear(input, chain.newest(self.weight))
+    return ProjectionNode.apply(input, chain.newest(self.weight))
+
+
+@outside_compile
+def conditional(self, *args, **kwargs):
+    """T5ForConditionalGeneration.forward while training."""
+    stock = stock_forward(self)
+    rule: Rule = self._bwsk
+    if not self.training or not torch.is_grad_enabled() or changed(rule):
+        return stock(*args, **kwargs)
+    if args:
+        bound = inspect.signature(stock).bind(*args, **kwargs)
+        kwargs = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        kwargs.pop("kwargs", None)
+    labels = kwargs.pop("labels", None)
+    as_dict = kwargs.pop("return_dict", None)
+    chain = rule.chain
+    chain.start()
+    try:
+        outputs = _with_loss(self, stock, labels, kwargs)
+        uncached = chain.cached
+    finally:
+        chain.stop()
+    as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
+    if as_dict:
+        return outputs
+    # None stands where the stock step has the cache that was not made: what follows keeps its place.
+    values = [(item.name, getattr(outputs, item.name)) for item in fields(outputs)]
+    return tuple(v for name, v in values if v is not None or (uncached and name == "past_key_values"))
+
+
+def _with_loss(model: nn.Module, stock: Any, labels: Tensor | None, kwargs: dict[str, Any]):
+    if labels is None:
+        return stock(**kwargs, return_dict=True)
+    rule: Rule = model._bwsk
+    if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
+        kwargs["decoder_input_ids"] = model._shift_right(labels)
+    if kwargs.get("past_key_values") is None:
+        # Training has no use for a cache, but the stock step lays out its keys by it; that layout is kept.
+        asked = kwargs.get("use_cache")
+        rule.chain.cached = bool(model.decoder.config.use_cache if asked is None else asked)
+        kwargs["use_cache"] = False
+    head = model.lm_head
+    narrow = torch.is_autocast_enabled(labels.device.type) or head.weight.dtype is not torch.float32
+    chunked = rule.level == "chunked" and not narrow
+    rule.chain.skip_projection = chunked
+    outputs = stock(**kwargs, return_dict=True)
+    labels = labels.to(outputs.logits.device).view(-1)
+    found = dict(outputs.items())
+    if chunked:
+        loss = chunked_cross_entropy(found.pop("logits"), rule.chain.newest(head.weight), labels)
+    else:
+        loss = cross_entropy(found["logits"], labels, head.in_features)
+    return type(outputs)(loss=loss, **found)

@@ -1,0 +1,74 @@
+"""What one module of a T5 is to keep while it trains, and whether the rule still covers a call of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bwsk.reversible.patching import Installed, globally_hooked, hooked
+from bwsk.reversible.t5.tied_embedding import Chain
+from bwsk.study.non_finite import OutOfFloat16
+
+
+class Part(NamedTuple):
+    """A module inside a sublayer, where it hangs, and what it was when the rule was made."""
+
+    owner: nn.Module
+    name: str
+    module: nn.Module
+    kind: type[nn.Module]
+
+
+@dataclass
+class Rule:
+    """What one module is to keep, and the modules inside it that its stock forward would have called."""
+
+    level: str
+    parts: tuple[Part, ...] = ()
+    chain: Chain | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def parts_of(owner: nn.Module, *names: str) -> tuple[Part, ...]:
+    """The modules of these names in `owner`, as they are now."""
+    found = ((name, owner._modules[name]) for name in names)
+    return tuple(Part(owner, name, module, type(module)) for name, module in found)
+
+
+def changed(rule: Rule) -> bool:
+    """Whether a module of the rule does other things than when the rule was made: hooks, adapters, …"""
+    return globally_hooked() or any(
+        owner._modules.get(name) is not module
+        or type(module) is not kind
+        or module._parameters.get("bias") is not None
+        or hooked(module)
+        or ("forward" in module.__dict__ and not isinstance(module.__dict__["forward"], (Installed, OutOfFloat16)))
+        for owner, name, module, kind in rule.parts
+    )
+
+
+def engaged(module: nn.Module, x: Tensor, states: Tensor | None, *masks: Tensor | None, **kwargs: Any) -> bool:
+    """Whether this call is a training step that the rule covers; otherwise the stock forward runs.
+
+    Hidden states in another layout than the usual one are multiplied by other kernels where they need a gradient.
+    """
+    if not module.training or not torch.is_grad_enabled():
+        return False
+    if kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
+        return False
+    if any(mask is not None and mask.requires_grad for mask in masks):
+        return False
+    if not x.is_contiguous() or (states is not None and not states.is_contiguous()):
+        return False
+    rule: Rule = module._bwsk
+    attention = rule.facts.get("attention")
+    if attention is not None and (
+        attention.gradient_checkpointing or getattr(attention.config, "output_attentions", False)
+    ):
+        return False
+    if x.dtype is not torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return False
+    return not changed(rule)

@@ -1,0 +1,1 @@
+"""The publication's workflow: corpus, tokens, training, evaluation, results, model card."""

@@ -1,0 +1,340 @@
+"""The model card: `results/README.md`, rendered from results.json by `workflow/templates/model_card.md.j2`.
+
+The YAML header is built as `ModelCardData`, so that the Hub understands it, and checked here without the Hub. Numbers
+that are absent print as a dash with a footnote that says why; they never reach the header.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bwsk.errors import BwskError
+from bwsk.files import write_text
+from bwsk.study import publication
+from bwsk.study.params import DirectoryBase, HubBase, HubCorpus, Params
+from bwsk.study.repository import CARD, FIGURES, TEMPLATE
+
+ABSENT = "—"
+LICENSE = "mit"
+INITS = {"finetune": "Fine-tune", "scratch": "From Scratch"}
+MODES = {"conventional": "Conventional", "bwsk-analyzed": "BWSK Analyzed", "bwsk-reversible": "BWSK Reversible"}
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_PRECISIONS = {"float16": "AMP (float16)", "bfloat16": "AMP (bfloat16)", "float32": "none (float32)"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a result table, as text."""
+
+    variant: str
+    mode: str
+    loss: str
+    val: str
+    test: str
+    memory: str
+    time: str
+    epochs: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """The result table of one initialisation; `saving` is the sentence below it."""
+
+    title: str
+    rows: list[Row]
+    saving: str
+
+
+def write_card(
+    params: Params,
+    results: dict[str, Any],
+    trainings: dict[str, dict[str, Any]],
+    study: Path,
+    template: Path = TEMPLATE,
+) -> Path:
+    """Write the card of the study in `study`, `results/README.md`, and its figures; returns the card's path.
+
+    `trainings` are the training_results.json by variant. BwskError, with nothing written, if the template or the card
+    that comes of it is not sound.
+    """
+    from bwsk.study.plots import draw
+
+    path = study / "results" / CARD
+    text = render(params, results, template)
+    check_header(text, results, path)
+    draw(results, trainings, study / "results" / "figures")
+    write_text(path, text)
+    return path
+
+
+def render(params: Params, results: dict[str, Any], template: Path = TEMPLATE) -> str:
+    """The card as Markdown with its YAML header; a pure function of its arguments. BwskError on a bad template."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"md": escaped, "num": number, "percent": percent, "commas": lambda count: f"{count:,}"}
+    try:
+        source = template.read_text(encoding="utf-8")
+        body = environment.from_string(source).render(_context(params, results))
+    except OSError as error:
+        raise BwskError(f"{template}: cannot be read ({error.strerror}); it comes with the checkout") from None
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        raise BwskError(f"{template}{f', line {line}' if line else ''}: {' '.join(str(error).split())}") from None
+    return f"---\n{header(params, results)}---\n\n{body.strip()}\n"
+
+
+def header(params: Params, results: dict[str, Any]) -> str:
+    """The card's YAML, without the dashes: what the Hub reads."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    hub_corpus = params.corpus if isinstance(params.corpus, HubCorpus) else None
+    base_model = _base_model(params)
+    data = ModelCardData(
+        language="en",
+        license=LICENSE,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base_model,
+        datasets=[hub_corpus.id] if hub_corpus else None,
+        metrics=["perplexity"],
+        tags=["bwsk", "t5", "text2text-generation", "reversible-backpropagation", "memory-efficient-training"],
+        model_name=params.study.repository.partition("/")[2],
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text continuation",
+                dataset_type=hub_corpus.id if hub_corpus else _slug(results["corpus"]["name"]),
+                dataset_name=_dataset_name(params, results),
+                dataset_config=hub_corpus.config if hub_corpus else None,
+                dataset_revision=hub_corpus.revision if hub_corpus else None,
+                dataset_split="test",
+                metric_type="perplexity",
+                metric_name=f"Test perplexity, {name}",
+                metric_args={"variant": name},
+                metric_value=round(figures["evaluation"]["test"]["published_perplexity"], 4),
+            )
+            for name, figures in results["variants"].items()
+        ],
+    )
+    fields = {key: value for key, value in data.to_dict().items() if value is not None}
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def check_header(text: str, results: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Check a card's YAML as the Hub would, without it; returns the header. BwskError names the field.
+
+    The header must parse, hold the required fields, neither null nor NaN anywhere, only well-formed Hub ids, and a
+    model-index that huggingface_hub reads back as one perplexity per variant, equal to that of results.json.
+    """
+    from huggingface_hub import ModelCardData
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    match = re.match(r"^---\n(.*?\n)---\n", text, re.DOTALL)
+    if not match:
+        raise BwskError(f"{path}: has no YAML header; write it again: bwsk card")
+    try:
+        fields = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        raise BwskError(f"{path}: header is not YAML ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(fields, dict):
+        raise BwskError(f"{path}: header is not a mapping; write it again: bwsk card")
+    required = ("license", "library_name", "pipeline_tag", "metrics", "tags", "model-index")
+    for key in required:
+        if not fields.get(key):
+            raise BwskError(f"{path}: header lacks {key}; write it again: bwsk card")
+    for key, value in _leaves(fields):
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            raise BwskError(f"{path}: header has {value} at {key}; a number or nothing belongs there")
+    ids = [fields.get("base_model"), *(fields.get("datasets") or [])]
+    for name in ids:
+        if name is not None and not (isinstance(name, str) and _HUB_ID.match(name)):
+            raise BwskError(f"{path}: header names {name!r}, which is no Hub id")
+    try:
+        _, evaluations = model_index_to_eval_results(fields["model-index"])
+        ModelCardData(**fields)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise BwskError(f"{path}: model-index is not one ({type(error).__name__}: {error})") from None
+    found = {(result.metric_args or {}).get("variant"): result.metric_value for result in evaluations}
+    wanted = {
+        name: round(figures["evaluation"]["test"]["published_perplexity"], 4)
+        for name, figures in results["variants"].items()
+    }
+    if found != wanted or len(evaluations) != len(wanted):
+        name = next(iter({*found, *wanted} - {name for name in wanted if found.get(name) == wanted[name]}), "?")
+        raise BwskError(
+            f"{path}: model-index says {found.get(name)} for {name}, results.json {wanted.get(name)}; "
+            "write it again: bwsk card"
+        )
+    return fields
+
+
+def html(card: Path) -> str:
+    """The card as one self-contained HTML page, figures included: for a browser and for the workflow's report."""
+    from markdown_it import MarkdownIt
+
+    body = re.sub(r"^---\n.*?\n---\n", "", card.read_text(encoding="utf-8"), count=1, flags=re.DOTALL)
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
+    for name in FIGURES:
+        data = base64.b64encode((card.parent / "figures" / name).read_bytes()).decode()
+        page = page.replace(f'src="figures/{name}"', f'src="data:image/png;base64,{data}"')
+    return _PAGE.replace("BODY", page)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure with `digits` decimals, thousands separated; a dash if it is absent."""
+    return ABSENT if value is None else f"{value:,.{digits}f}"
+
+
+def compact(value: float | None) -> str:
+    """A size or a time without its unit: one decimal below 100, where a whole number would say too little."""
+    return number(value, 1 if value is not None and value < 100 else 0)
+
+
+def percent(share: float | None) -> str:
+    """A share as per cent with one decimal; a dash if it is absent."""
+    return ABSENT if share is None else f"{100 * share:.1f}%"
+
+
+def escaped(text: str) -> str:
+    """A user's text so that it is itself in a Markdown line or table cell."""
+    text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", text)
+
+
+def duration(seconds: float) -> str:
+    """`13.7m` as published; seconds below a minute, hours from two on."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    return f"{seconds / 60:.1f}m" if seconds < 7200 else f"{seconds / 3600:.1f}h"
+
+
+def _context(params: Params, results: dict[str, Any]) -> dict[str, Any]:
+    """What the template is given: the parameters, the results, and tables of text."""
+    variants = results["variants"]
+    devices = sorted({figures["provenance"]["device"] for figures in variants.values()})
+    peaks = [figures[key] for figures in variants.values() for key in ("peak_memory_mb", "predicted_peak_memory_mb")]
+    verdicts = [claim["verdict"] for claim in results["claims"]]
+    return {
+        "params": params,
+        "results": results,
+        "tables": [_table(results, init) for init in params.variants.inits],
+        "modes": MODES,
+        "dataset": _dataset_name(params, results),
+        "corpus_url": f"https://huggingface.co/datasets/{params.corpus.id}"
+        if isinstance(params.corpus, HubCorpus)
+        else None,
+        "base_url": f"https://huggingface.co/{_base_model(params)}" if _base_model(params) else None,
+        "publication": publication,
+        "figures": FIGURES,
+        "devices": ["the CPU" if device == "cpu" else device for device in devices],
+        "precision": _PRECISIONS[params.train.precision],
+        "versions": next(iter(variants.values()))["provenance"]["versions"],
+        "memory_absent": any(figures["peak_memory_mb"] is None for figures in variants.values()),
+        "memory_predicted": any(peak is not None for peak in peaks[1::2]),
+        "verdicts": ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)),
+        "reasons": sorted({claim["reason"] for claim in results["claims"]}),
+        "claim_value": _claim_value,
+    }
+
+
+def _table(results: dict[str, Any], init: str) -> Table:
+    rows = [
+        Row(
+            variant=name,
+            mode=MODES[figures["mode"]],
+            loss=number(figures["final_train_loss"], 4),
+            val=number(figures["evaluation"]["validation"]["published_perplexity"]),
+            test=number(figures["evaluation"]["test"]["published_perplexity"]),
+            memory=_memory(figures),
+            time=duration(figures["wall_time_s"]),
+            epochs=f"{figures['epochs_completed']}{' (stopped early)' if figures['early_stopped'] else ''}",
+        )
+        for name, figures in results["variants"].items()
+        if figures["init"] == init
+    ]
+    saving = results["memory_saving"][init]
+    kind = next((kind for kind in ("measured", "predicted") if saving[kind] is not None), None)
+    return Table(INITS[init], rows, f"{percent(saving[kind])} ({kind})" if kind else f"{ABSENT} ¹")
+
+
+def _memory(figures: dict[str, Any]) -> str:
+    if figures["peak_memory_mb"] is not None:
+        return f"{compact(figures['peak_memory_mb'])} MiB"
+    if figures["predicted_peak_memory_mb"] is not None:
+        return f"{compact(figures['predicted_peak_memory_mb'])} MiB (predicted) ¹"
+    return f"{ABSENT} ¹"
+
+
+def _claim_value(value: float | None, unit: str) -> str:
+    if value is None:
+        return ABSENT
+    match unit:
+        case "%":
+            return f"{value:.1f} %".replace("-", "−")
+        case "MiB":
+            return f"{compact(value)} MiB"
+        case "M":
+            return f"{value:.1f} M"
+        case "×":
+            return f"{value:.2f} ×"
+        case _:
+            return f"{value:,.2f}"
+
+
+def _dataset_name(params: Params, results: dict[str, Any]) -> str:
+    match params.corpus:
+        case HubCorpus(id=publication.DATASET_ID, config=publication.DATASET_CONFIG):
+            return "WikiText-2"
+        case HubCorpus(id=name, config=config):
+            return f"{name} ({config})" if config else name
+        case _:
+            return str(results["corpus"]["name"])
+
+
+def _base_model(params: Params) -> str | None:
+    """The base model's Hub id, if it has one."""
+    match params.base:
+        case HubBase(id=name):
+            return name
+        case DirectoryBase(id=name) if name and _HUB_ID.match(name):
+            return name
+        case _:
+            return None
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "local"
+
+
+def _leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [leaf for name, part in value.items() for leaf in _leaves(part, f"{key}.{name}" if key else str(name))]
+    if isinstance(value, list):
+        return [leaf for index, part in enumerate(value) for leaf in _leaves(part, f"{key}[{index}]")]
+    return [(key, value)]
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Model card</title>
+<style>
+body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+th, td { border: 1px solid #d0d7de; padding: .35rem .7rem; text-align: left; font-variant-numeric: tabular-nums; }
+body > table td:first-child { white-space: nowrap; } tr:nth-child(2n) { background: #f6f8fa; }
+pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; } code { font-size: 85%; } img { max-width: 100%; }
+blockquote { border-left: .25rem solid #d29922; margin: 1rem 0; padding: .1rem 1rem; background: #fff8e5; }
+</style>
+<body>
+BODY
+</body></html>
+"""

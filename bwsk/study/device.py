@@ -1,0 +1,113 @@
+"""The device that a job runs on, and the numeric switches that belong to it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from bwsk.errors import BwskError
+from bwsk.locks import POLL_SECONDS, Lock, holder, try_lock
+from bwsk.study.cpu_tuning import tune
+
+if TYPE_CHECKING:
+    from bwsk.study.params import Precision
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# One lock per GPU of the machine, whoever uses it.
+LOCKS = Path(tempfile.gettempdir()) / "bwsk-gpus"
+# The device of this process, with its lock, which lives as long as the process.
+_HELD: list[tuple[int, Lock]] = []
+
+
+def pick_device(gpus: int, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> torch.device:
+    """A CUDA device of this process's own if the job was given a GPU slot and there is one, else the CPU.
+
+    Of the devices that `CUDA_VISIBLE_DEVICES` leaves, the first that no other bwsk process has, held until this one
+    ends; if all are taken, waits for one and says so.
+    """
+    if gpus <= 0 or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not _HELD:
+        count = torch.cuda.device_count()
+        names = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), count)
+        # The same card under its number and under its UUID must be one lock.
+        keys = [str(getattr(torch.cuda.get_device_properties(i), "uuid", names[i])) for i in range(count)]
+        _HELD.append(claim(keys, LOCKS, say))
+    index, _ = _HELD[0]
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def visible_gpus(variable: str | None, count: int) -> list[str]:
+    """Names of the devices that a process sees: numbers or UUIDs of `CUDA_VISIBLE_DEVICES`, all `count` if unset.
+
+    As CUDA reads it: the list ends at the first entry that is no device.
+    """
+    if variable is None:
+        return [str(index) for index in range(count)]
+    names: list[str] = []
+    for name in map(str.strip, variable.split(",")):
+        if not name or name.startswith("-") or name in names:
+            break
+        names.append(name)
+    return names[:count]
+
+
+def claim(keys: list[str], folder: Path, say: Callable[[str], None]) -> tuple[int, Lock]:
+    """Index and lock of the first of the devices `keys` that no other process holds; waits while there is none."""
+    if not folder.is_dir():
+        with suppress(OSError):  # two processes at once, or a folder that cannot be: the locks will say
+            folder.mkdir(parents=True)
+            folder.chmod(0o1777)  # for everybody on the machine, like the folder of temporary files that it is in
+    paths = [folder / f"gpu-{re.sub('[^A-Za-z0-9-]', '_', key)}.lock" for key in keys]
+    waited = False
+    while True:
+        for index, path in enumerate(paths):
+            if (lock := try_lock(path, waited)) is not None:
+                return index, lock
+        if not waited:
+            say(f"GPU: all {len(keys)} in use, the first by {holder(paths[0])}; waiting until one is free")
+        waited = True
+        time.sleep(POLL_SECONDS)
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def configure(device: torch.device, *, threads: int, deterministic: bool, tf32: bool) -> None:
+    """Set what decides the bits of a computation, for the whole process."""
+    # cuBLAS needs this before its first call to be deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    # Otherwise every uninitialised buffer is filled first, at no gain: nothing here reads one.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+    else:
+        tune()
+
+
+def check_precision(key: str, precision: Precision, device: torch.device) -> None:
+    """BwskError if the device cannot compute in `precision`; `key` is the parameter that asks for it."""
+    if device.type == "cpu" and precision == "float16":
+        raise BwskError(f"{key}: found float16, which needs a CUDA device; set bfloat16 or float32 to run on the CPU")
+    if device.type == "cuda" and precision == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise BwskError(f"{key}: found bfloat16, which {device_name(device)} does not support; set float16 or float32")
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """Mixed precision as a context: matrix products in `precision`, nothing at all for float32."""
+    return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "float32")
