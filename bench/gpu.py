@@ -40,10 +40,10 @@ from bench.rivals import config, release
 from bench.run import kept, machine, sources
 from bwsk import make_reversible
 from bwsk.files import write_json
+from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
 from bwsk.study.checkpoint import optimizer_state, random_states, restore_optimizer, restore_random_states
 from bwsk.study.device import configure
 from bwsk.study.model import load_weights, weights
-from bwsk.study.non_finite import keep_projection_out_of_float16
 from bwsk.study.train_step import make_optimizer, make_step
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

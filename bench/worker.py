@@ -201,8 +201,8 @@ def plain(gate: Gate, model: Any, source: Any, precision: str, checkpointing: bo
 def ours(gate: Gate, model: Any, source: Any, precision: str, shape: tuple[int, int, int], name: str) -> None:
     """The product's own step: `ours-conventional-eager`, `ours-reversible-graph`, …"""
     from bwsk import make_reversible
+    from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
     from bwsk.study.cpu_tuning import keep_freed_memory
-    from bwsk.study.non_finite import keep_projection_out_of_float16
     from bwsk.study.train_step import make_optimizer, make_step
 
     _, mode, backend = name.split("-")

@@ -20,7 +20,7 @@ _HOMES = {
     "classify": "bwsk.classification.census",
     "Census": "bwsk.classification.census",
     "trace": "bwsk.classification.trace",
-    "make_reversible": "bwsk.reversible",
+    "make_reversible": "bwsk.reversible.handle",
     "predict_memory": "bwsk.memory.prediction",
     "BwskError": "bwsk.errors",
 }

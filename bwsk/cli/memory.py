@@ -36,6 +36,7 @@ def plan(
     from bwsk.cli.tables import plan_tables
     from bwsk.files import write_json
     from bwsk.reversible.handle import curve_of, plan_of
+    from bwsk.reversible.report import plan_dict
 
     shape = (batch, input_length, input_length if target_length is None else target_length)
     config = load_config(model)
@@ -44,7 +45,7 @@ def plan(
     plan_tables(config, found, points, shape, precision, full)
     if json:
         write_json(
-            json, {"model": model, "precision": precision, **found.to_json(), "curve": [p.point() for p in points]}
+            json, {"model": model, "precision": precision, **plan_dict(found), "curve": [p.point() for p in points]}
         )
 
 
@@ -97,7 +98,7 @@ def memory(
         answer = (
             {} if limit is None else {"limit_mib": limit, "fits": found.peak_mib <= limit, "largest_batch": largest}
         )
-        write_json(json, {"model_source": model, **found.to_json(), **answer})
+        write_json(json, {"model_source": model, **found.to_dict(), **answer})
 
 
 def _number(budget: str | None) -> str | float | None:

@@ -36,8 +36,7 @@ def train(
     from bwsk.files import require_writable
     from bwsk.locks import wait_lock
     from bwsk.memory.available import free_memory
-    from bwsk.study.device import pick_device
-    from bwsk.study.non_finite import is_out_of_memory
+    from bwsk.study.device import is_out_of_memory, pick_device
     from bwsk.study.params import load_params
     from bwsk.study.signals import Interrupted
     from bwsk.study.train import Run, finished
@@ -71,7 +70,7 @@ def train(
     if oom:  # out of the handler: the failed step's tensors, which its traceback holds, are free by now
         from transformers import AutoConfig
 
-        from bwsk.memory.prediction import out_of_memory
+        from bwsk.study.out_of_memory import out_of_memory
 
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         raise out_of_memory(params, variant, config, device, free)

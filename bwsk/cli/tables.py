@@ -13,7 +13,8 @@ from bwsk.study.compare import FIGURES, Change
 
 if TYPE_CHECKING:  # these import torch, for which compare need not wait
     from bwsk.memory.prediction import Prediction
-    from bwsk.reversible.plan import Plan, Row
+    from bwsk.reversible.plan import Plan
+    from bwsk.reversible.plan_row import PlanRow
 
 MIB = 2**20
 _KINDS = {
@@ -51,6 +52,8 @@ def plan_tables(
     config: Any, plan: Plan, curve: list[Plan], shape: tuple[int, int, int], precision: str, full: bool
 ) -> None:
     """Print a plan's operations, its totals and the trade-off curve."""
+    from bwsk.reversible.report import rows
+
     out, digits = console(), _digits(plan.peak / MIB)
     batch, ins, outs = shape
     lengths = f"{ins} + {outs}" if getattr(config, "is_encoder_decoder", False) else f"{ins}"
@@ -61,9 +64,9 @@ def plan_tables(
     shown.add_column("to invert it")
     shown.add_column("here", no_wrap=True, vertical="bottom")
     numbers(shown, "kept\nKiB", "redone\nMFLOP")
-    for names, rows in _groups(plan.rows(), full):
+    for names, operations in _groups(rows(plan), full):
         shown.add_row(f"[bold]{names}[/bold]")
-        for row in rows:
+        for row in operations:
             flops = f"{row.flops / 1e6:,.0f}" if row.flops else ""
             kept = f"{row.kept / 1024:,.0f}" if row.kept >= 512 else "<1" if row.kept else ""
             shown.add_row(f"  {row.operation}", row.verdict, row.action, kept, flops)
@@ -119,9 +122,9 @@ def _digits(peak: float) -> int:
     return 1 if peak < 100 else 0
 
 
-def _groups(rows: list[Row], full: bool) -> list[tuple[str, list[Row]]]:
+def _groups(rows: list[PlanRow], full: bool) -> list[tuple[str, list[PlanRow]]]:
     """Rows by module; modules with the same rows are listed once, unless `full`."""
-    modules: dict[str, list[Row]] = {}
+    modules: dict[str, list[PlanRow]] = {}
     for row in rows:
         modules.setdefault(row.module, []).append(row)
     if full:
@@ -134,7 +137,7 @@ def _groups(rows: list[Row], full: bool) -> list[tuple[str, list[Row]]]:
     return [(_joined(names), modules[names[0]]) for names in alike.values()]
 
 
-def _facts(row: Row) -> tuple:
+def _facts(row: PlanRow) -> tuple:
     return row.verdict, row.action, row.kept, row.flops
 
 

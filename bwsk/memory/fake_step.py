@@ -27,7 +27,8 @@ from transformers import PreTrainedConfig
 
 from bwsk.architecture import build, one_line
 from bwsk.errors import BwskError
-from bwsk.memory.allocation_log import MIB, Log, Tracker, cuda_rules
+from bwsk.memory.allocation_log import MIB, Log, Tracker
+from bwsk.memory.cuda_rules import cuda_rules
 
 # Attention scores of one head in a step, with room for heads and bytes below the largest size of a tensor.
 _MOST_SCORES = 2**48

@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import nn
 
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import MIB, fake_step, require_one_of, stock_peak
-from bwsk.reversible import make_reversible
+from bwsk.reversible.handle import make_reversible
 from bwsk.reversible.plan import BudgetTooSmall
-
-if TYPE_CHECKING:
-    from bwsk.study.params import Params
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Prediction:
     budget: str | None = None
     predicted: bool = True
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As a JSON-ready mapping."""
         return asdict(self)
 
@@ -154,43 +150,6 @@ def largest_batch(model: Any, limit_mib: float, *, maximum: int = 4096, **step: 
         if high is not None and high_peak is not None:
             guess = min(guess, high - 1)
     return low
-
-
-def out_of_memory(params: Params, variant: str, model: Any, device: torch.device, free: float | None) -> BwskError:
-    """The error that tells what a step of `variant` is predicted to need, what there is, and what would fit.
-
-    `model`: a model or its config, which is only read. `free`: `free_memory` as it was before the run began; what a
-    failed run has given back cannot be seen from within its process.
-    """
-    train = params.train
-    reversible = variant.endswith("bwsk-reversible")
-    step: dict[str, Any] = {
-        **params.step,
-        "mode": "reversible" if reversible else "conventional",
-        "budget": train.budget if reversible else None,
-        "optimizer": "fused",
-    }
-    predicted = predict_memory(model, batch=train.batch_size, **step).peak_mib
-    text = (
-        f"{variant}: out of memory on {device.type}: a step of batch {train.batch_size} is predicted to need "
-        f"{predicted:,.0f} MiB"
-    )
-    if free is None:
-        return BwskError(f"{text}; set train.batch_size lower")
-    return BwskError(f"{text}, {free:,.0f} MiB were free; {_what_fits(model, train.batch_size, free, step)}")
-
-
-def _what_fits(model: Any, batch: int, free: float, step: dict[str, Any]) -> str:
-    fits = largest_batch(model, free, maximum=batch, **step)
-    if fits >= batch:
-        return "by this the step would fit: close what else uses the memory, or set train.batch_size lower"
-    advice = [f"set train.batch_size to {fits} at most"] if fits else []
-    for budget in ("fast", "max"):
-        other = {**step, "mode": "reversible", "budget": budget}
-        if step["budget"] != budget and predict_memory(model, batch=batch, **other).peak_mib <= free:
-            advice.append(f"train bwsk-reversible with train.budget: {budget}, which fits")
-            break
-    return ", or ".join(advice) or "not even one sequence fits: use a smaller tokens.block or a larger machine"
 
 
 def _enable_checkpointing(model: nn.Module) -> None:

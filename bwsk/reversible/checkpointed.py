@@ -33,7 +33,7 @@ from bwsk.memory.allocation_log import Tracker
 from bwsk.memory.fake_step import example_inputs, faked, step_loss, stock_peak
 from bwsk.reversible.cross_entropy import cross_entropy
 from bwsk.reversible.patching import globally_hooked, hooked, put, require_stock_forward, stock_forward, take_off
-from bwsk.reversible.plan import Choice, Head, Plan, Row, Unit, met, solve, verdict
+from bwsk.reversible.plan import Choice, Head, Plan, Unit, met, solve
 
 _KINDS = ("eager", "sdpa")
 _NAME = "bwsk"
@@ -180,7 +180,12 @@ def attentions(block: nn.Module) -> list[nn.Module]:
     return found
 
 
-def install(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
+def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    """Set up what the plan says of each block; returns the modules touched."""
+    return install_levels(model, plan.levels)
+
+
+def install_levels(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
     """Set up the levels of the named blocks; returns the modules touched."""
     touched: list[nn.Module] = []
     for name, block in blocks(model).items():
@@ -239,7 +244,7 @@ def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, le
     with faked(config, attention) as model:
         units = list(blocks(model).values())
         if level != "stock":
-            install(model, dict.fromkeys(blocks(model), level))
+            install_levels(model, dict.fromkeys(blocks(model), level))
         inputs = example_inputs(model, *shape)
         tracker = Tracker()
         totals: dict[tuple[str, int], int] = {}
@@ -304,8 +309,11 @@ def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, le
     )
 
 
-def plan_general(config: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
-    """The plan for a config without an engine of its own: `shape` is (batch, input tokens, target tokens)."""
+def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
+    """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
+    if isinstance(model, nn.Module):
+        blocks(model)  # refused here with its hooks, which a model built from the config would not have
+    config = _named(model) if isinstance(model, nn.Module) else model
     attention = getattr(config, "_attn_implementation", None) or "eager"
     attention = attention if attention in _KINDS else "eager"
     batch, ins, outs = shape
@@ -325,31 +333,8 @@ def plan_general(config: Any, budget: Any, shape: tuple[int, int, int], precisio
     core = found["core"]
     head = Head("exact", core.head_kept, core.head_peak, core.head_gradient, core.head_forward)
     base = 3 * core.resting + max(0, core.outer - core.head_gradient) // 2
-    plan = Plan(asked, units, [0] * len(units), head, base, _describe, "bit-identical (stock graph, regions redone)")
-    return met(solve(plan, asked.cap, asked.flops), 4 * core.resting)
-
-
-def _describe(plan: Plan) -> list[Row]:
-    rows = []
-    for choice in plan.choices:
-        ((name, level),) = choice.levels
-        if level == "block":
-            rows.append(Row(name, "whole block", "S and K", "redone", choice.kept, choice.flops))
-            continue
-        rows += [
-            Row(name, "q kᵀ + mask", verdict("product"), "redone", 0, choice.flops // 2),
-            Row(name, "softmax", verdict("softmax"), "redone", 0, 0),
-            Row(name, "dropout", verdict("dropout", training=True, p=0.1), "redone", 0, 0),
-            Row(name, "P v", verdict("product"), "redone", 0, choice.flops - choice.flops // 2),
-            Row(name, "everything else", "S and K", "kept", choice.kept, 0),
-        ]
-    return rows
-
-
-def plan_model(model: nn.Module, budget: Any, shape: tuple[int, int, int], precision: str) -> Plan:
-    """The plan for a model without an engine of its own."""
-    blocks(model)  # refused here with its hooks, which a model built from the config would not have
-    return plan_general(_named(model), budget, shape, precision)
+    found_plan = Plan(asked, units, [0] * len(units), head, base, "bit-identical (stock graph, regions redone)")
+    return met(solve(found_plan, asked.cap, asked.flops), 4 * core.resting)
 
 
 def _named(model: nn.Module) -> Any:

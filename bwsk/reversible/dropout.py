@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bwsk.memory.allocation_log import accounts_for_cuda
+from bwsk.memory.cuda_rules import accounts_for_cuda
 
 # Byte k of a word holds mask element k as 0 or 1. Times the sum of 2**(9j), j = 0..7, element k lands on bit 63-k: the
 # top byte is the packed octet, and no two partial products share a bit. The same factor spreads an octet out again.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from bwsk.architecture import model_class
-from bwsk.budget import NAMED, parse_budget
+from bwsk.budget import NAMED
 from bwsk.errors import BwskError
-from bwsk.memory.fake_step import PRECISIONS, require_one_of, require_shape, stock_peak
-from bwsk.reversible import checkpointed as general
-from bwsk.reversible.plan import Plan, met, solve
-from bwsk.reversible.t5 import costs as t5_costs
+from bwsk.memory.fake_step import require_shape
+from bwsk.reversible import checkpointed
+from bwsk.reversible.plan import Plan, solve
 from bwsk.reversible.t5 import engine as t5
 
 # The batch that a named budget is planned for when none is given: the published study's.
@@ -66,11 +65,17 @@ def make_reversible(
     """
     _check_model(model)
     shape = _shape(budget, batch, input_length, target_length)
-    if not t5.is_family(model):
-        plan = general.plan_model(model, budget, shape, precision)
-        return Reversible(model, plan, general.install(model, plan.levels), general.uninstall)
-    plan = plan_t5(model.config, budget, shape, precision, model)
-    return Reversible(model, plan, t5.install(model, plan.levels, plan.head.kind), t5.uninstall)
+    engine = engine_for(model)
+    plan = engine.plan(model, budget, shape, precision)
+    return Reversible(model, plan, engine.install(model, plan), engine.uninstall)
+
+
+def engine_for(model: Any) -> ModuleType:
+    """The engine of a model or config: T5's own, or checkpointing of the stock graph for everything else.
+
+    An engine is a module with `plan(model, budget, shape, precision)`, `install(model, plan)` and `uninstall(modules)`.
+    """
+    return t5 if t5.covers(model) else checkpointed
 
 
 def _check_model(model: nn.Module) -> None:
@@ -102,37 +107,10 @@ def _shape(budget: Any, batch: int | None, input_length: int | None, target_leng
     return batch, input_length, target_length or input_length
 
 
-def plan_t5(config: Any, budget: Any, shape: tuple[int, int, int], precision: str, model: Any = None) -> Plan:
-    """The plan for a T5 config or model: `shape` is (batch, input tokens, target tokens)."""
-    require_one_of("precision", precision, PRECISIONS)
-    sizes = t5_costs.Shape(*shape, element=4 if precision == "fp32" else 2)
-    parts = t5_costs.Parts.of(model_class(config) if model is None else type(model))
-    if model is not None:
-        parts = replace(parts, prefix=t5.prefix(model))
-    parameters = t5_costs.parameters(config, parts)
-    base = 12 * parameters
-
-    asked = parse_budget(budget, lambda: stock_peak(config if model is None else model, shape, precision))
-    head = t5_costs.head(config, sizes, asked.head if precision == "fp32" else "exact", parts)
-    units = t5_costs.units(config, sizes, parts)
-    plan = Plan(
-        asked,
-        units,
-        [0] * len(units),
-        head,
-        base,
-        t5_costs.describe(config, sizes, parts.prefix),
-        "bit-identical" if head.kind != "chunked" else "loss head as exact as the stock one, not the same bits",
-    )
-    return met(solve(plan, asked.cap, asked.flops), 16 * parameters)
-
-
 def plan_of(config: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
     """The plan for a config of any supported architecture: `shape` is (batch, input tokens, target tokens)."""
     require_shape(*shape)
-    if config.model_type in t5.FAMILY:
-        return plan_t5(config, budget, shape, precision)
-    return general.plan_general(config, budget, shape, precision)
+    return engine_for(config).plan(config, budget, shape, precision)
 
 
 def curve_of(config: Any, shape: tuple[int, int, int], precision: str = "fp32", points: int = 12) -> list[Plan]:
@@ -148,4 +126,4 @@ def curve_of(config: Any, shape: tuple[int, int, int], precision: str = "fp32", 
 
 
 def _copy(plan: Plan) -> Plan:
-    return Plan(plan.budget, plan.units, list(plan.picks), plan.head, plan.base, plan.describe, plan.guarantee)
+    return Plan(plan.budget, plan.units, list(plan.picks), plan.head, plan.base, plan.guarantee, plan.context)

@@ -15,14 +15,11 @@ these exceeds it, the choice that frees most bytes per FLOP among the units aliv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bwsk.budget import Budget
-from bwsk.classification.operators import Subject
-from bwsk.classification.rules.sets import rule_set
 from bwsk.errors import BwskError
 from bwsk.memory.allocation_log import MIB
 
@@ -58,18 +55,6 @@ class Head:
     forward: int
 
 
-@dataclass(frozen=True)
-class Row:
-    """One operation of the plan: what it is, its verdict, what becomes of its result, bytes and FLOPs."""
-
-    module: str
-    operation: str
-    verdict: str
-    action: str  # "kept", "redone", "residue" or "passes through"
-    kept: int
-    flops: int
-
-
 @dataclass(repr=False)
 class Plan:
     """Levels per module and the predicted course of memory; all sizes in bytes."""
@@ -79,8 +64,8 @@ class Plan:
     picks: list[int]
     head: Head
     base: int
-    describe: Callable[[Plan], list[Row]] | None = None
     guarantee: str = "bit-identical"
+    context: Any = None  # what `report` needs to list the operations of a T5's plan
 
     def __repr__(self) -> str:
         figures = f"{self.peak / MIB:,.0f} MiB at the peak (predicted), {self.overhead:+.1%} FLOPs"
@@ -141,7 +126,7 @@ class Plan:
             "overhead": round(self.overhead, 5),
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The plan as a JSON-ready mapping."""
         return {
             "budget": self.budget.name,
@@ -151,12 +136,7 @@ class Plan:
             "step_flops": self.step_flops,
             "levels": self.levels,
             "head": self.head.kind,
-            "operations": [asdict(row) for row in self.rows()],
         }
-
-    def rows(self) -> list[Row]:
-        """The operations with their verdicts, for people."""
-        return self.describe(self) if self.describe else []
 
 
 def solve(plan: Plan, cap: int | None, flops: float | None) -> Plan:
@@ -223,10 +203,3 @@ def met(plan: Plan, states: int) -> Plan:
 
 def _mib(size: int) -> str:
     return f"{size / MIB:.{0 if size >= 10 * MIB else 2}f} MiB"
-
-
-@cache
-def verdict(kind: str, **facts: object) -> str:
-    """The S/K verdict and residue of the strict rules for one kind of operation, such as "K: one bit per element"."""
-    rule = rule_set("strict").decide(Subject(kind, facts))
-    return "GRAY" if rule is None else f"{rule.verdict.value}: {rule.residue.value}"

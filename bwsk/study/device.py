@@ -111,3 +111,11 @@ def check_precision(key: str, precision: Precision, device: torch.device) -> Non
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
     """Mixed precision as a context: matrix products in `precision`, nothing at all for float32."""
     return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "float32")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out; on a CPU torch says so in the text of a RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError)
+        and any(text in str(error) for text in ("DefaultCPUAllocator", "not enough memory", "CUDA out of memory"))
+    )

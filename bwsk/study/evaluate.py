@@ -10,10 +10,10 @@ import torch
 
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file
+from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
 from bwsk.study.corpus import decode_text, split_lines
 from bwsk.study.device import check_precision, configure, device_name, pick_device
 from bwsk.study.model import load_model
-from bwsk.study.non_finite import keep_projection_out_of_float16
 from bwsk.study.params import EvaluateParams, Params, TokensParams
 from bwsk.study.perplexity import Perplexity, evaluation_starts, perplexity
 from bwsk.study.progress import progress

@@ -1,12 +1,11 @@
-"""Explain a training step that went wrong: numbers that are not finite, or memory that ran out.
+"""Explain a training step whose numbers are not finite.
 
 Under float16 two kinds of overflow look alike, a skipped step, and differ in what helps:
 
     backward   a gradient times the loss scale exceeds 65504. The gradient scaler skips the step and halves the scale:
                it heals by itself, and a few such steps at the start of a run are how the scale is found.
-    forward    an activation exceeds 65504, so the loss itself is not finite. No scale changes that.
-
-The feed-forward's output projection, where T5 is known to overflow, is therefore kept out of float16.
+    forward    an activation exceeds 65504, so the loss itself is not finite. No scale changes that, so T5's output
+               projection, which is known to overflow, is computed outside of float16 (`bwsk.reversible.t5.float16`).
 """
 
 from __future__ import annotations
@@ -14,39 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 # Steps in a row without a finite loss; steps in a row that the scaler skipped: from 2^16 the scale is then below 2^-14.
 FORWARD_LIMIT = 10
 SKIPPED_LIMIT = 30
 # Share of a run's steps that forward overflows may cost altogether.
 FORWARD_SHARE = 0.02
-
-
-def keep_projection_out_of_float16(model: nn.Module) -> None:
-    """Compute the output projection `wo` of every T5 feed-forward in float32 where autocast is float16.
-
-    Under bfloat16, and without autocast, nothing changes. Weights, names and `state_dict` stay as they are.
-    """
-    for name, module in model.named_modules():
-        if name.endswith("DenseReluDense.wo") and isinstance(module, nn.Linear):
-            module.forward = OutOfFloat16(module)
-
-
-class OutOfFloat16:
-    """The forward of a linear layer that steps out of float16 autocast. An object, so that models can be copied."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer = layer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        kind, layer = x.device.type, self.layer
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-            with torch.autocast(kind, enabled=False):
-                return F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
-        return F.linear(x, layer.weight, layer.bias)
 
 
 def hopeless(forward: bool, in_a_row: int, forward_in_all: int, planned: int, scaled: bool) -> bool:
@@ -108,11 +81,3 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, (list, tuple)) else []
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out; on a CPU torch says so in the text of a RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError)
-        and any(text in str(error) for text in ("DefaultCPUAllocator", "not enough memory", "CUDA out of memory"))
-    )

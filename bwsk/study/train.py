@@ -26,11 +26,12 @@ from torch import Tensor
 
 from bwsk.errors import BwskError
 from bwsk.files import atomic_directory, read_json, sha256_file, write_json
+from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
 from bwsk.study.checkpoint import Checkpoints, optimizer_state, random_states, restore_optimizer, restore_random_states
 from bwsk.study.cpu_tuning import give_back_freed_memory, keep_freed_memory
 from bwsk.study.device import autocast, check_precision, configure, device_name
 from bwsk.study.model import initial_model, load_weights, save_variant, split_block, weights
-from bwsk.study.non_finite import first_not_finite, hopeless, keep_projection_out_of_float16
+from bwsk.study.non_finite import first_not_finite, hopeless
 from bwsk.study.params import SPLITS, Params
 from bwsk.study.perplexity import evaluation_starts, published_perplexity
 from bwsk.study.progress import Bar, progress
@@ -84,7 +85,7 @@ class Run:
             keep_projection_out_of_float16(self.model)
         self.reversible = None
         if self.mode == "bwsk-reversible":
-            from bwsk.reversible import make_reversible
+            from bwsk.reversible.handle import make_reversible
 
             self.reversible = make_reversible(self.model, train.budget, batch=train.batch_size, **params.step)
         self.optimizer = make_optimizer(self.model, train, self._lr(0))

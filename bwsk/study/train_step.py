@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bwsk.errors import BwskError
-from bwsk.study.device import autocast
-from bwsk.study.non_finite import is_out_of_memory
+from bwsk.study.device import autocast, is_out_of_memory
 
 if TYPE_CHECKING:
     from bwsk.study.params import Backend, Precision, TrainParams

@@ -16,8 +16,8 @@ import torch
 
 from bwsk.errors import BwskError
 from bwsk.files import sha256_file
-from bwsk.reversible import make_reversible
-from bwsk.study import non_finite as faults
+from bwsk.reversible.handle import make_reversible
+from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
 from bwsk.study.model import ATTENTION, load_model
 from bwsk.study.params import Params
 from bwsk.study.train import Run
@@ -98,7 +98,7 @@ def test_the_output_projection_cannot_overflow(cases: Cases, tmp_path: Path, flo
     ids = torch.arange(3, 19)[None]
     with torch.autocast("cpu", dtype=torch.float16):
         assert not stock(input_ids=ids, labels=ids).loss.isfinite()
-        faults.keep_projection_out_of_float16(stock)
+        keep_projection_out_of_float16(stock)
         assert stock(input_ids=ids, labels=ids).loss.isfinite()
 
 
@@ -107,7 +107,7 @@ def test_the_reversible_engine_has_the_same_bits_under_float16(cases: Cases) -> 
     found = []
     for reversible in (False, True):
         model = load_model(cases.study / "build" / "base", attention=ATTENTION).train()
-        faults.keep_projection_out_of_float16(model)
+        keep_projection_out_of_float16(model)
         if reversible:
             make_reversible(model, "max", precision="fp16")
         torch.manual_seed(5)
@@ -125,7 +125,7 @@ def test_outside_of_float16_the_projection_is_untouched(cases: Cases) -> None:
     for dtype in (None, torch.bfloat16):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             before = model(input_ids=ids, labels=ids).logits
-            faults.keep_projection_out_of_float16(model)
+            keep_projection_out_of_float16(model)
             assert torch.equal(before, model(input_ids=ids, labels=ids).logits)
 
 

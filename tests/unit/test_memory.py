@@ -216,7 +216,7 @@ def test_a_fraction_is_the_one_that_make_reversible_plans_with(tiny):
     )
     assert fraction.peak_mib == size.peak_mib
     # The file names the budget, also where the plan is the same: DVC retrains by its bytes.
-    assert {**fraction.to_json(), "budget": size.budget} == size.to_json() != fraction.to_json()
+    assert {**fraction.to_dict(), "budget": size.budget} == size.to_dict() != fraction.to_dict()
 
 
 @pytest.mark.parametrize(

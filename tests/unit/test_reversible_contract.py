@@ -11,7 +11,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from bwsk import BwskError, make_reversible
-from bwsk.memory.allocation_log import cuda_accounting
+from bwsk.memory.cuda_rules import cuda_accounting
 from bwsk.reversible.dropout import drop, drop_backward, pack_bits, redrop, unpack_bits
 from bwsk.reversible.plan import MIB
 from bwsk.reversible.t5.tied_embedding import touched_rows

@@ -27,6 +27,7 @@ from transformers import (
 
 from bwsk import BwskError, make_reversible
 from bwsk.reversible import checkpointed as general
+from bwsk.reversible.report import rows
 from tests.unit.test_reversible_gradients import batch, differences, pair
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -116,7 +117,7 @@ def test_a_cache_of_other_states_than_keys_and_values():
     torch.manual_seed(0)
     stock = Lfm2ForCausalLM(Lfm2Config(vocab_size=96, **SIZES, **layers)).train()
     ours = copy.deepcopy(stock)
-    general.install(ours, dict.fromkeys(general.blocks(ours), "block"))
+    general.install_levels(ours, dict.fromkeys(general.blocks(ours), "block"))
     found = []
     for model in (stock, ours):
         tokens = inputs_of("gpt2", 1)["input_ids"]
@@ -130,7 +131,7 @@ def test_the_plan_frees_memory_and_names_verdicts():
     model = cls._from_config(copy.deepcopy(config), attn_implementation="eager")
     fast = make_reversible(model, "fast", batch=8, input_length=64)
     kept = fast.plan.kept
-    assert any(row.verdict.startswith("S") for row in fast.plan.rows())
+    assert any(row.verdict.startswith("S") for row in rows(fast.plan))
     fast.undo()
     assert make_reversible(model, "max", batch=8, input_length=64).plan.kept < kept
 
@@ -166,7 +167,7 @@ def whole_blocks(name: str, attention: str = "eager"):
     torch.manual_seed(0)
     stock = cls._from_config(copy.deepcopy(config), attn_implementation=attention).train()
     ours = copy.deepcopy(stock)
-    general.install(ours, dict.fromkeys(general.blocks(ours), "block"))
+    general.install_levels(ours, dict.fromkeys(general.blocks(ours), "block"))
     return stock, ours
 
 

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5ForSequenceClassification
 
 from bwsk import make_reversible
-from bwsk.memory.allocation_log import cuda_rules
+from bwsk.memory.cuda_rules import cuda_rules
 from bwsk.reversible.cross_entropy import chunked_cross_entropy
-from bwsk.study.non_finite import keep_projection_out_of_float16
+from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
 
 torch.set_num_threads(1)
 LEVELS = ["fast", "max", "entry", "qkv"]
@@ -42,7 +42,7 @@ def reversible(model: nn.Module, budget: str = "fast"):
         model, budget if budget in ("fast", "balanced") else "max", batch=3, input_length=11, target_length=7
     )
     if budget in ("max", "entry", "qkv"):
-        from bwsk.reversible.t5.engine import install, sublayers
+        from bwsk.reversible.t5.engine import install_levels, sublayers
 
         handle.undo()
         names = list(sublayers(model))
@@ -50,7 +50,7 @@ def reversible(model: nn.Module, budget: str = "fast"):
             levels = {name.split(".layer.")[0]: "block" for name in names}
         else:
             levels = {name: budget if budget == "entry" or not _is_feed(model, name) else "core" for name in names}
-        handle._touched.extend(install(model, levels, "exact"))
+        handle._touched.extend(install_levels(model, levels, "exact"))
     return handle
 
 

@@ -84,8 +84,8 @@ def test_what_is_trained_is_what_was_predicted(study: Path, tmp_path: Path) -> N
         run = Run(params, "scratch-bwsk-reversible", inputs(study), tmp_path, CPU, lambda text: None)
         precision = {"bfloat16": "bf16"}.get(params.train.precision, "fp32")
         assert (
-            run.reversible.plan.to_json()
-            == plan_of(run.model.config, params.train.budget, (4, 16, 16), precision).to_json()
+            run.reversible.plan.to_dict()
+            == plan_of(run.model.config, params.train.budget, (4, 16, 16), precision).to_dict()
         )
 
 

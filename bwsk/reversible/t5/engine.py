@@ -5,12 +5,18 @@ Modules, parameters, names and classes stay the stock ones: `forward` is set on 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from bwsk.architecture import model_class
+from bwsk.budget import parse_budget
 from bwsk.errors import BwskError
+from bwsk.memory.fake_step import PRECISIONS, require_one_of, stock_peak
 from bwsk.reversible.patching import put, require_stock_forward, take_off
+from bwsk.reversible.plan import Plan, met, solve
+from bwsk.reversible.t5 import costs
 from bwsk.reversible.t5.forwards import (
     block,
     conditional,
@@ -28,8 +34,10 @@ from bwsk.reversible.t5.tied_embedding import Chain
 FAMILY = ("t5", "mt5")
 
 
-def is_family(model: nn.Module) -> bool:
-    """Whether the model is built of T5 stacks that this engine knows."""
+def covers(model: Any) -> bool:
+    """Whether a model is built of T5 stacks that this engine knows, or a config is of the family."""
+    if not isinstance(model, nn.Module):
+        return model.model_type in FAMILY
     return getattr(getattr(model, "config", None), "model_type", None) in FAMILY and bool(_stacks(model))
 
 
@@ -102,7 +110,39 @@ def _rule_of_feed(name: str, layer: nn.Module, level: str) -> Rule:
     return Rule(level, parts, facts=facts)
 
 
-def install(model: nn.Module, levels: dict[str, str], head: str) -> list[nn.Module]:
+def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
+    """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
+    require_one_of("precision", precision, PRECISIONS)
+    config = getattr(model, "config", model)
+    sizes = costs.Shape(*shape, element=4 if precision == "fp32" else 2)
+    if isinstance(model, nn.Module):
+        parts = replace(costs.Parts.of(type(model)), prefix=prefix(model))
+    else:
+        parts = costs.Parts.of(model_class(config))
+    parameters = costs.parameters(config, parts)
+    base = 12 * parameters
+
+    asked = parse_budget(budget, lambda: stock_peak(model, shape, precision))
+    head = costs.head(config, sizes, asked.head if precision == "fp32" else "exact", parts)
+    units = costs.units(config, sizes, parts)
+    found = Plan(
+        asked,
+        units,
+        [0] * len(units),
+        head,
+        base,
+        "bit-identical" if head.kind != "chunked" else "loss head as exact as the stock one, not the same bits",
+        (config, sizes, parts.prefix),
+    )
+    return met(solve(found, asked.cap, asked.flops), 16 * parameters)
+
+
+def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    """Set the forwards that the plan asks for; returns the modules touched."""
+    return install_levels(model, plan.levels, plan.head.kind)
+
+
+def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[nn.Module]:
     """Set the forwards. `levels`: sublayer or block name to level; `head`: "exact", "chunked" or "stock".
 
     Returns the modules touched. Raises `BwskError`, before touching anything, on modules that are

@@ -24,12 +24,12 @@ from bwsk.reversible.guard import refuse_double_backward
 from bwsk.reversible.patching import stock_forward
 from bwsk.reversible.t5.attention import AttentionCall, attention_weights
 from bwsk.reversible.t5.feed_forward import FeedForwardCall, feedforward_weights
+from bwsk.reversible.t5.float16 import OutOfFloat16
 from bwsk.reversible.t5.linear import autocast_dtype
 from bwsk.reversible.t5.nodes import AttentionNode, BlockCall, BlockNode, FeedForwardNode
 from bwsk.reversible.t5.rms_norm import rms_apply, rms_backward, rms_statistic
 from bwsk.reversible.t5.rule import Rule, changed, engaged
 from bwsk.reversible.t5.tied_embedding import LookupNode, ProjectionNode
-from bwsk.study.non_finite import OutOfFloat16
 
 
 @torch.compiler.disable

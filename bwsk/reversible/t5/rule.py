@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bwsk.reversible.patching import Installed, globally_hooked, hooked
+from bwsk.reversible.t5.float16 import OutOfFloat16
 from bwsk.reversible.t5.tied_embedding import Chain
-from bwsk.study.non_finite import OutOfFloat16
 
 
 class Part(NamedTuple):

@@ -1,0 +1,28 @@
+"""One operation of a plan, for people: its S/K verdict, and whether its result is saved or recomputed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from bwsk.classification.operators import Subject
+from bwsk.classification.rules.sets import rule_set
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One operation of the plan: what it is, its verdict, what becomes of its result, bytes and FLOPs."""
+
+    module: str
+    operation: str
+    verdict: str
+    action: str  # "kept", "redone", "residue" or "passes through"
+    kept: int
+    flops: int
+
+
+@cache
+def verdict(kind: str, **facts: object) -> str:
+    """The S/K verdict and residue of the strict rules for one kind of operation, such as "K: one bit per element"."""
+    rule = rule_set("strict").decide(Subject(kind, facts))
+    return "GRAY" if rule is None else f"{rule.verdict.value}: {rule.residue.value}"

@@ -1,0 +1,37 @@
+"""A plan for people: its operations with their verdicts, and everything about it as one mapping."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from bwsk.reversible.plan import Plan
+from bwsk.reversible.plan_row import PlanRow, verdict
+from bwsk.reversible.t5 import report as t5
+
+
+def rows(plan: Plan) -> list[PlanRow]:
+    """The operations of each block in forward order, and of the loss head."""
+    return _checkpointed_rows(plan) if plan.context is None else t5.rows(plan, *plan.context)
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """The plan with its operations, ready for strict JSON."""
+    return {**plan.to_dict(), "operations": [asdict(row) for row in rows(plan)]}
+
+
+def _checkpointed_rows(plan: Plan) -> list[PlanRow]:
+    found = []
+    for choice in plan.choices:
+        ((name, level),) = choice.levels
+        if level == "block":
+            found.append(PlanRow(name, "whole block", "S and K", "redone", choice.kept, choice.flops))
+            continue
+        found += [
+            PlanRow(name, "q kᵀ + mask", verdict("product"), "redone", 0, choice.flops // 2),
+            PlanRow(name, "softmax", verdict("softmax"), "redone", 0, 0),
+            PlanRow(name, "dropout", verdict("dropout", training=True, p=0.1), "redone", 0, 0),
+            PlanRow(name, "P v", verdict("product"), "redone", 0, choice.flops - choice.flops // 2),
+            PlanRow(name, "everything else", "S and K", "kept", choice.kept, 0),
+        ]
+    return found
