@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from bwsk.errors import BwskError
 
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+MIB = 2**20
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": MIB, "gib": 2**30}
 
 
 def size_in_bytes(text: str) -> int:

@@ -17,7 +17,6 @@ On a machine without CUDA the operators are those of the CPU, except dropout, wh
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -34,7 +33,10 @@ from bwsk.classification.recorder import BackwardTotals, CudaDropout, Operation,
 from bwsk.classification.rules.rule import RuleSet
 from bwsk.classification.rules.sets import rule_set
 from bwsk.errors import BwskError
+from bwsk.example_batch import example_batch, loss_of
 
+# Of images, for configs that do not tell theirs (ResNet takes any).
+_IMAGE_SIZE = 224
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -131,7 +133,11 @@ def trace(
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("batched_mm")  # runs without values and in any precision
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    feed = dict(inputs) if inputs is not None else _feed(model, batch, input_length, target_length)
+    feed = (
+        dict(inputs)
+        if inputs is not None
+        else example_batch(model, batch, input_length, target_length, image_size=_IMAGE_SIZE, device="meta")
+    )
     recorder = Recorder(chosen)
     try:
         backward, parameter_bytes = _step(model, feed, recorder, device, autocast)
@@ -151,40 +157,6 @@ def trace(
         "experts": getattr(getattr(model, "config", None), "_experts_implementation", None),
     }
     return Trace(name, chosen.name, setting, recorder.finish(), backward, parameter_bytes)
-
-
-def _feed(model: nn.Module, batch: int, length: int, target: int) -> dict[str, Any]:
-    """A batch of the right shapes, on the meta device, for a transformers model."""
-    config = getattr(model, "config", None)
-    main = getattr(model, "main_input_name", None)
-    if config is None or main is None:
-        raise BwskError(f"{type(model).__name__}: not a transformers model; pass its batch as inputs={{name: tensor}}")
-    accepted = inspect.signature(model.forward).parameters
-    ids = lambda n: torch.zeros(batch, n, dtype=torch.long, device="meta")  # noqa: E731
-    feed: dict[str, Any] = {}
-    per_sample = "Classification" in type(model).__name__ and "Token" not in type(model).__name__
-    if main == "pixel_values":
-        size = getattr(config, "image_size", None) or 224
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        feed["pixel_values"] = torch.zeros(batch, getattr(config, "num_channels", 3), height, width, device="meta")
-    elif main == "input_ids":
-        limit = getattr(config, "max_position_embeddings", None)
-        if isinstance(limit, int) and length > limit > 0:
-            raise BwskError(
-                f"input length {length}: {type(model).__name__} has positions for {limit} tokens; give fewer"
-            )
-        feed["input_ids"] = ids(length)
-        if getattr(config, "is_encoder_decoder", False):
-            feed["decoder_input_ids"] = ids(target)
-    else:
-        raise BwskError(
-            f"{type(model).__name__}: takes {main}, which is not text or pixels; pass inputs={{name: tensor}}"
-        )
-    if "labels" in accepted:
-        feed["labels"] = ids(1)[:, 0] if per_sample else ids(target if "decoder_input_ids" in feed else length)
-    if "use_cache" in accepted and hasattr(config, "use_cache"):
-        feed["use_cache"] = False  # training has no use for the cache of generation
-    return feed
 
 
 def _step(
@@ -209,7 +181,7 @@ def _step(
         stack.enter_context(recorder.paths(model))
         with torch.enable_grad(), recorder, CudaDropout(), recorder.saving(), lower:
             out = torch.func.functional_call(model, state, (), given)
-        loss = _loss(out)
+        loss = loss_of(out)
         backward = None
         if loss is not None and loss.requires_grad:
             totals = BackwardTotals()
@@ -218,12 +190,3 @@ def _step(
             backward = totals.result()
         parameter_bytes = sum(t.nbytes for t in state.values() if isinstance(t, nn.Parameter))
     return backward, parameter_bytes
-
-
-def _loss(out: Any) -> Tensor | None:
-    """The loss that the model returned, else the sum of its first floating-point output."""
-    loss = getattr(out, "loss", None)
-    if isinstance(loss, Tensor):
-        return loss
-    tensors = [t for t in tree_leaves(dict(out) if isinstance(out, Mapping) else out) if isinstance(t, Tensor)]
-    return next((t.sum() for t in tensors if t.is_floating_point()), None)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from bwsk.budget import MIB
 from bwsk.cli.output import console, numbers, say, table
 from bwsk.study.card import ABSENT, number
 from bwsk.study.compare import FIGURES, Change
@@ -16,7 +17,6 @@ if TYPE_CHECKING:  # these import torch, for which compare need not wait
     from bwsk.reversible.plan import Plan
     from bwsk.reversible.plan_row import PlanRow
 
-MIB = 2**20
 _KINDS = {
     "weights": "weights",
     "gradients": "gradients",

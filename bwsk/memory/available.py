@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bwsk.budget import MIB
+
 if TYPE_CHECKING:
     import torch
 
-MIB = 2**20
 CGROUPS = Path("/sys/fs/cgroup")
 
 

@@ -12,7 +12,6 @@ moments it needs
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,8 +25,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from transformers import PreTrainedConfig
 
 from bwsk.architecture import build, one_line
+from bwsk.budget import MIB
 from bwsk.errors import BwskError
-from bwsk.memory.allocation_log import MIB, Log, Tracker
+from bwsk.example_batch import example_batch, loss_of
+from bwsk.memory.allocation_log import Log, Tracker
 from bwsk.memory.cuda_rules import cuda_rules
 
 # Attention scores of one head in a step, with room for heads and bytes below the largest size of a tensor.
@@ -108,7 +109,7 @@ def fake_step(
     with faked(model, attention) as fake:
         if prepare is not None:
             prepare(fake, target_length)
-        inputs = example_inputs(fake, batch, input_length, target_length)
+        inputs = example_batch(fake, batch, input_length, target_length)
         parameters = [p for p in fake.parameters() if p.requires_grad]
         states = [torch.empty_like(p) for p in parameters for _ in range(2)]
         tracker = Tracker()
@@ -198,34 +199,6 @@ def _materialise(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
 
 
-def example_inputs(model: nn.Module, batch: int, input_length: int, target_length: int | None) -> dict[str, Any]:
-    """Inputs of a training step for `model`: token ids or pixels, and labels (zeros; shapes are what matters)."""
-    config, name = model.config, type(model).__name__
-    accepted = inspect.signature(model.forward).parameters
-    inputs: dict[str, Any] = {}
-    if "pixel_values" in accepted:
-        size = getattr(config, "image_size", None)
-        if size is None or not hasattr(config, "num_channels"):
-            raise BwskError(f"{name}: its config does not tell the size of its images; not supported here")
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        inputs["pixel_values"] = torch.zeros(batch, config.num_channels, height, width)
-        labels = (batch,)
-    elif "input_ids" in accepted:
-        inputs["input_ids"] = torch.zeros(batch, input_length, dtype=torch.long)
-        labels = (batch, target_length or input_length)
-        if "SequenceClassification" in name:
-            labels = (batch,)
-    else:
-        raise BwskError(f"{name}: takes neither input_ids nor pixel_values; not supported here")
-    if "labels" in accepted:
-        inputs["labels"] = torch.zeros(labels, dtype=torch.long)
-    elif target_length is not None:
-        inputs["decoder_input_ids"] = torch.zeros(batch, target_length, dtype=torch.long)
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    return inputs
-
-
 def step_loss(model: nn.Module, inputs: dict[str, Any], precision: str) -> Tensor:
     """The model's own loss, or for a model without a head the mean of its last hidden states.
 
@@ -241,5 +214,4 @@ def step_loss(model: nn.Module, inputs: dict[str, Any], precision: str) -> Tenso
             raise BwskError(
                 f"{type(model).__name__}: its training step does not run on {given}: {one_line(error)}"
             ) from error
-        loss = getattr(outputs, "loss", None)
-        return outputs[0].float().mean() if loss is None else loss
+        return loss_of(outputs)

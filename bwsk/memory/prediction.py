@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from bwsk.budget import MIB
 from bwsk.errors import BwskError
-from bwsk.memory.fake_step import MIB, fake_step, require_one_of, stock_peak
+from bwsk.memory.fake_step import fake_step, require_one_of, stock_peak
 from bwsk.reversible.handle import make_reversible
 from bwsk.reversible.plan import BudgetTooSmall
 

@@ -29,8 +29,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from bwsk.architecture import build
 from bwsk.budget import parse_budget
 from bwsk.errors import BwskError
+from bwsk.example_batch import example_batch
 from bwsk.memory.allocation_log import Tracker
-from bwsk.memory.fake_step import example_inputs, faked, step_loss, stock_peak
+from bwsk.memory.fake_step import faked, step_loss, stock_peak
 from bwsk.reversible.cross_entropy import cross_entropy
 from bwsk.reversible.patching import globally_hooked, hooked, put, require_stock_forward, stock_forward, take_off
 from bwsk.reversible.plan import Choice, Head, Plan, Unit, met, solve
@@ -245,7 +246,7 @@ def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, le
         units = list(blocks(model).values())
         if level != "stock":
             install_levels(model, dict.fromkeys(blocks(model), level))
-        inputs = example_inputs(model, *shape)
+        inputs = example_batch(model, *shape)
         tracker = Tracker()
         totals: dict[tuple[str, int], int] = {}
         flops: dict[tuple[str, int], int] = {}

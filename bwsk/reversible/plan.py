@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bwsk.budget import Budget
+from bwsk.budget import MIB, Budget
 from bwsk.errors import BwskError
-from bwsk.memory.allocation_log import MIB
 
 
 @dataclass(frozen=True)

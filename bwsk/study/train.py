@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bwsk.budget import MIB
 from bwsk.errors import BwskError
 from bwsk.files import atomic_directory, read_json, sha256_file, write_json
 from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
@@ -43,8 +44,6 @@ from bwsk.study.tokens import blocks, load_tokens
 from bwsk.study.train_inputs import Inputs
 from bwsk.study.train_state import State
 from bwsk.study.train_step import check_backend, make_optimizer, make_step
-
-MIB = 2**20
 
 
 class _Stopped(Exception):

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from bwsk import BwskError, make_reversible
+from bwsk.budget import MIB
 from bwsk.memory.cuda_rules import cuda_accounting
 from bwsk.reversible.dropout import drop, drop_backward, pack_bits, redrop, unpack_bits
-from bwsk.reversible.plan import MIB
 from bwsk.reversible.t5.tied_embedding import touched_rows
 from tests.unit.test_reversible_gradients import batch, differences, pair, train
 
