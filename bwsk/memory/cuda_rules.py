@@ -1,9 +1,19 @@
-"""CUDA's choices in place of the CPU's, as far as sizes go, for steps that run on fake CPU tensors."""
+"""CUDA's choices in place of the CPU's, as far as sizes go, for steps that run on fake CPU tensors.
+
+Functions of `torch.nn.functional` are replaced for as long as a fake step runs. They are replaced, not intercepted,
+because recomputation inside a backward runs outside of every function mode. That is seen by the whole process, so the
+replacements do what CUDA does only in the thread that asked for it; a training in another thread gets the stock
+function, and the stock bits.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +22,7 @@ _cuda_accounting: ContextVar[bool] = ContextVar("bwsk_cuda_accounting", default=
 
 
 @contextmanager
-def cuda_accounting():
+def cuda_accounting() -> Iterator[None]:
     """Within this context CPU (fake) tensors go through CUDA's dropout operators, so that sizes are those of CUDA."""
     token = _cuda_accounting.set(True)
     try:
@@ -45,53 +55,88 @@ class _FusedAttention(torch.autograd.Function):
 
 
 @contextmanager
-def cuda_rules():
-    """Within it, functionals do what CUDA does otherwise than the CPU, as far as sizes go.
+def cuda_rules() -> Iterator[None]:
+    """Within it, this thread's functionals take the memory that they take on CUDA.
 
-    Dropout keeps a boolean mask; under autocast softmax is float32 and cross-entropy keeps log-probabilities in the
-    logits' dtype and a float32 copy; scaled dot-product attention is the memory-efficient kernel. The functions are
-    replaced, not intercepted, because recomputation inside a backward runs outside of every function mode.
+    Dropout saves a boolean mask; under autocast softmax is float32 and cross-entropy saves log-probabilities in the
+    logits' dtype and a float32 copy; scaled dot-product attention is the memory-efficient kernel.
     """
-    if _stock.get() is not None:
+    if _active.get():
         yield
         return
-    functional = torch.nn.functional
-    stock = {name: getattr(functional, name) for name in _REPLACED}
-    token = _stock.set(stock)
-    for name, function in _REPLACED.items():
-        setattr(functional, name, function)
+    _replace()
+    token = _active.set(True)
     try:
         with cuda_accounting():
             yield
     finally:
-        for name, function in stock.items():
-            setattr(functional, name, function)
-        _stock.reset(token)
+        _active.reset(token)
+        _restore()
+
+
+def _replace() -> None:
+    global _users
+    with _lock:
+        _users += 1
+        if _users == 1:
+            for name, rule in _RULES.items():
+                _stock[name] = getattr(torch.nn.functional, name)
+                setattr(torch.nn.functional, name, _in_this_thread(_stock[name], rule))
+
+
+def _restore() -> None:
+    global _users
+    with _lock:
+        _users -= 1
+        if _users == 0:
+            for name, function in _stock.items():
+                setattr(torch.nn.functional, name, function)
+
+
+def _in_this_thread(stock: Callable[..., Any], rule: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(stock)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return rule(*args, **kwargs) if _active.get() else stock(*args, **kwargs)
+
+    return function
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     return torch.native_dropout(x, p, True)[0] if training and p > 0.0 else x
 
 
-def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     return _FusedAttention.apply(q, k, v, attn_mask)
 
 
-def _softmax(x: Tensor, *args, **kwargs) -> Tensor:
-    return _stock.get()["softmax"](x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+def _softmax(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _stock["softmax"](x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
 
 
-def _cross_entropy(x: Tensor, target: Tensor, *args, ignore_index: int = -100, **kwargs) -> Tensor:
+def _cross_entropy(x: Tensor, target: Tensor, *args: Any, ignore_index: int = -100, **kwargs: Any) -> Tensor:
     if torch.is_autocast_enabled("cpu") and x.dtype in (torch.float16, torch.bfloat16):
         scores = torch.log_softmax(x, -1, dtype=x.dtype)
         return torch.nn.functional.nll_loss(scores.float(), target, ignore_index=ignore_index)
-    return _stock.get()["cross_entropy"](x, target, *args, ignore_index=ignore_index, **kwargs)
+    return _stock["cross_entropy"](x, target, *args, ignore_index=ignore_index, **kwargs)
 
 
-_REPLACED = {
+_RULES: dict[str, Callable[..., Any]] = {
     "dropout": _dropout,
     "softmax": _softmax,
     "cross_entropy": _cross_entropy,
     "scaled_dot_product_attention": _attention,
 }
-_stock: ContextVar[dict | None] = ContextVar("bwsk_stock_functionals", default=None)
+# The functions that are replaced now, by how many threads; a thread's own rules apply while `_active` is set in it.
+_stock: dict[str, Callable[..., Any]] = {}
+_users = 0
+_lock = Lock()
+_active: ContextVar[bool] = ContextVar("bwsk_cuda_rules", default=False)

@@ -54,9 +54,6 @@ def _attention(
     return _redone(plain, (), module, query, key, value, attention_mask, **kwargs)
 
 
-ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
-
-
 def _redone(function: Callable[..., Any], weights: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
     """`function(*args, **kwargs)`, redone in the backward; `weights`: what it reads beside its arguments.
 
@@ -199,6 +196,7 @@ def install_levels(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
             kind = attention.config._attn_implementation
             if kind not in _KINDS or getattr(attention.config, "reorder_and_upcast_attn", False):
                 continue
+            ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
             attention._bwsk = attention.config
             own = copy.copy(attention.config)
             own._attn_implementation_internal = _NAME

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Event
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import BartConfig, BertConfig, CLIPConfig, GPT2Config, T5Confi
 from typer.testing import CliRunner
 
 from bwsk import BwskError, predict_memory
+from bwsk.memory.cuda_rules import cuda_rules
 from bwsk.memory.prediction import largest_batch
 from bwsk.reversible.handle import plan_of
 
@@ -260,3 +263,43 @@ def test_commands_write_what_they_print(tmp_path, tiny):
     assert found["curve"][0]["peak_mib"] >= found["curve"][-1]["peak_mib"]
     assert any(row["verdict"].startswith("K") for row in found["operations"])
     assert "softmax" in result.output
+
+
+def test_a_training_in_another_thread_has_its_own_functions(tiny):
+    """Predictions replace functions of `torch.nn.functional` for the whole process, but not what they do elsewhere."""
+    functional = torch.nn.functional
+    stock = functional.scaled_dot_product_attention, functional.softmax, functional.dropout, functional.cross_entropy
+    q = torch.randn(1, 2, 8, 4)
+    alone = functional.scaled_dot_product_attention(q, q, q), functional.softmax(q, -1)
+    inside, done = Event(), Event()
+
+    def predicting() -> None:
+        with cuda_rules():
+            inside.set()
+            assert done.wait(60)
+
+    with ThreadPoolExecutor() as threads:
+        prediction = threads.submit(predicting)
+        assert inside.wait(60)
+        assert functional.softmax is not stock[1]
+        beside = functional.scaled_dot_product_attention(q, q, q), functional.softmax(q, -1)
+        done.set()
+        prediction.result(60)
+    assert all(map(torch.equal, alone, beside))
+    assert stock == (
+        functional.scaled_dot_product_attention, functional.softmax, functional.dropout, functional.cross_entropy
+    )  # fmt: skip
+
+
+def test_predictions_in_two_threads_are_those_of_one(tiny):
+    alone = predict_memory(tiny, batch=2, input_length=16, attention="sdpa")
+    softmax, both = torch.nn.functional.softmax, Barrier(2)
+
+    def predict() -> object:
+        both.wait(60)
+        return predict_memory(tiny, batch=2, input_length=16, attention="sdpa")
+
+    with ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(predict) for _ in range(2)]
+        assert [one.result(120) for one in found] == [alone, alone]
+    assert torch.nn.functional.softmax is softmax
