@@ -17,7 +17,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -133,21 +134,22 @@ class _Recorded:
 
 
 class GraphStep(Step):
-    """Replays of a recorded step. An epoch's last, smaller batch has a graph of its own, in the same memory pool."""
+    """Replays of a recorded step. A batch of other names or shapes (an epoch's last one) has a graph of its own, in the
+    same memory pool."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
-        self.graphs: dict[torch.Size, _Recorded] = {}
+        self.graphs: dict[frozenset[tuple[str, torch.Size]], _Recorded] = {}
         self.stream = torch.cuda.Stream(self.device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor]:
         self._set_lr(lr)
-        shape = batch["input_ids"].shape
-        recorded = self.graphs.get(shape)
+        shapes = frozenset((name, tensor.shape) for name, tensor in batch.items())
+        recorded = self.graphs.get(shapes)
         if recorded is None:
             result = self._first(batch)
-            self.graphs[shape] = self._record(batch)
+            self.graphs[shapes] = self._record(batch)
             return result
         for name, tensor in recorded.batch.items():
             tensor.copy_(batch[name], non_blocking=True)
@@ -170,7 +172,7 @@ class GraphStep(Step):
         static = {name: tensor.clone() for name, tensor in batch.items()}
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            with masks_of_an_eager_step(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 loss, norm = self._run(static)
         except RuntimeError as error:
             cause = error.__context__ or error  # what broke the recording; ending it then fails too
@@ -183,6 +185,25 @@ class GraphStep(Step):
         return _Recorded(graph, static, loss, norm)
 
 
+@contextmanager
+def masks_of_an_eager_step() -> Iterator[None]:
+    """Recorded inside, a step makes the attention masks of an eager one; without padding that is none but the causal.
+
+    transformers takes a recording for tracing, where it reads no values. Some releases (5.17) then make the masks that
+    an eager step leaves out even if there is no padding whose values could be read, as newer ones know. They would cost
+    time and memory in each replay, and those releases make them of a number on the host, which cannot be recorded.
+    With padding, a recorded step makes the mask that an eager one leaves out when it reads that nothing is padded.
+    """
+    from transformers import masking_utils
+
+    is_tracing = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: tensor is not None and is_tracing(tensor)
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = is_tracing
+
+
 def keep_position_buckets(model: nn.Module) -> None:
     """Compute what is the same in every training step of a T5 once: the bucket of each pair of positions.
 
@@ -191,7 +212,7 @@ def keep_position_buckets(model: nn.Module) -> None:
     values, same bits. Outside training the stock method runs: a generation's positions start elsewhere.
     """
     for module in model.modules():
-        if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "_relative_position_bucket"):
+        if type(module).__name__ in ("T5Attention", "MT5Attention") and module.has_relative_attention_bias:
             module.compute_bias = _BiasOfKeptBuckets(module)
 
 
@@ -226,7 +247,7 @@ def keep_causal_mask(model: nn.Module) -> None:
     and cannot be recorded in a graph.
     """
     for module in model.modules():
-        if type(module).__name__ in ("T5Stack", "MT5Stack") and module.is_decoder:
+        if type(module).__name__ in ("T5Stack", "MT5Stack", "UMT5Stack") and module.is_decoder:
             module.register_forward_pre_hook(_KeptMask(), with_kwargs=True)
 
 

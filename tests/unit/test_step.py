@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import T5Config, T5ForConditionalGeneration
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+    masking_utils,
+)
 from transformers.models.t5 import modeling_t5
+from transformers.utils import import_utils
 
 from bwsk import make_reversible
 from bwsk.errors import BwskError
@@ -19,6 +31,11 @@ from bwsk.study.params import Precision, TrainParams
 from bwsk.study.train_step import Step, check_backend, make_optimizer, make_step
 
 RATES = [1e-3, 2e-3, 1.5e-3, 5e-4]
+FAMILY = {
+    "t5": (T5Config, T5ForConditionalGeneration),
+    "mt5": (MT5Config, MT5ForConditionalGeneration),
+    "umt5": (UMT5Config, UMT5ForConditionalGeneration),
+}
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
 
 
@@ -85,18 +102,24 @@ def test_the_eager_step_is_the_plain_loop(precision: Precision) -> None:
     assert not same(model, tiny())
 
 
-class _Synchronisations(TorchDispatchMode):
-    """Notes the operators that make the host wait for a device: they fetch a value, or a size that depends on one."""
+class _Operators(TorchDispatchMode):
+    """Notes every operator that is called, with the shapes and types of the tensors that go in and come out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[str] = []
+        self.seen: list[tuple[str, list[tuple[torch.Size, torch.dtype]]]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_consecutive"):
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)]
+        self.seen.append((str(function), [(tensor.shape, tensor.dtype) for tensor in tensors]))
+        return result
+
+    @property
+    def synchronisations(self) -> list[str]:
+        """Those that make the host wait for a device: they fetch a value, or a size that depends on one."""
+        waits = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_consecutive")
+        return [name for name, _ in self.seen if name.split(".")[1] in waits]
 
 
 @pytest.mark.parametrize("mode", ["conventional", "reversible"])
@@ -107,12 +130,132 @@ def test_a_step_does_not_wait_for_the_device(mode: str) -> None:
     step = stepped(model)
     batch = batches(model)[0]
     step(batch, 1e-3)
-    with _Synchronisations() as noted:
+    with _Operators() as noted:
         loss, _ = step(batch, 1e-3)
-    assert noted.seen == []
-    with _Synchronisations() as noted:
+    assert noted.synchronisations == []
+    with _Operators() as noted:
         loss.item()
-    assert noted.seen == ["_local_scalar_dense"]
+    assert noted.synchronisations == ["aten._local_scalar_dense.default"]
+
+
+class _Graph:
+    """Stands in for a CUDA graph: a step "recorded" into it runs on the CPU, and a replay is only counted."""
+
+    def __init__(self) -> None:
+        self.operators = _Operators()
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a `GraphStep` record on the CPU; meanwhile transformers takes the step for one that is being recorded."""
+
+    @contextmanager
+    def record(graph: _Graph, **options: object) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch, graph.operators:
+            patch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+            assert import_utils.is_tracing()
+            yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "CUDAGraph": _Graph,
+        "graph": record,
+        "graph_pool_handle": lambda: None,
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "stream": lambda stream: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr("bwsk.step.check_backend", lambda backend, device: None)
+
+
+def family(kind: str, attention: str = "eager", dropout: float = 0.1) -> torch.nn.Module:
+    config_class, cls = FAMILY[kind]
+    config = config_class(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=120, dropout_rate=dropout,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    return cls._from_config(config, attn_implementation=attention).train()
+
+
+def ask_as_in_5_17(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 makes every mask of a step that it takes for traced, also without padding."""
+    for name in ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa"):
+        stock = getattr(masking_utils, name)
+
+        def ignored(padding_mask, *args, stock=stock, **options):
+            return not masking_utils.is_tracing(padding_mask) and stock(padding_mask, *args, **options)
+
+        monkeypatch.setattr(masking_utils, name, ignored)
+
+
+def eager_and_recorded(model: torch.nn.Module) -> tuple[list, list]:
+    """The operators of an eager step, and of the same step being recorded."""
+    twin = copy.deepcopy(model)
+    batch = {name: tensor.contiguous() for name, tensor in batches(model)[0].items()}  # as those of a graph are
+    step = stepped(model)
+    step(batch, 1e-3)
+    with _Operators() as eager:
+        step(batch, 1e-3)
+    step = stepped(twin, "graph")
+    step(batch, 1e-3)
+    (recorded,) = step.graphs.values()
+    return eager.seen, recorded.graph.operators.seen
+
+
+@pytest.mark.parametrize("release", ["installed", "5.17"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["t5", "t5 fast", "t5 max", "mt5", "umt5"])
+def test_a_recorded_step_calls_the_operators_of_eager(
+    kind: str, attention: str, release: str, recording: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if release == "5.17":
+        ask_as_in_5_17(monkeypatch)
+    kind, _, budget = kind.partition(" ")
+    model = family(kind, attention)
+    if budget:
+        make_reversible(model, budget, batch=4, input_length=12, target_length=12)
+    eager, recorded = eager_and_recorded(model)
+    assert len(eager) > 500
+    assert recorded == eager
+    # No mask is made of a number on the host, which could not be recorded (the token that decoding starts from is).
+    assert not any(tensors[0][1].is_floating_point for name, tensors in recorded if "lift_fresh" in name)
+    assert import_utils.is_tracing is masking_utils.is_tracing
+
+
+def test_an_operator_that_is_only_recorded_is_seen(recording: None) -> None:
+    model = tiny()
+    norm = model.encoder.final_layer_norm
+    norm.register_forward_hook(lambda module, args, output: output.sin() if import_utils.is_tracing() else None)
+    eager, recorded = ([name for name, _ in seen] for seen in eager_and_recorded(model))
+    assert (eager.count("aten.sin.default"), recorded.count("aten.sin.default")) == (0, 1)
+
+
+def test_padding_is_masked_in_a_recorded_step_and_has_a_graph_of_its_own(recording: None) -> None:
+    """Recorded, a step reads no mask's values: it also masks where nothing is padded, which changes no bit."""
+    stock = tiny()
+    batch = batches(stock)[0]
+    for padded in (0, 5):
+        mask = torch.ones_like(batch["input_ids"])
+        mask[1, 12 - padded :] = 0
+        model, twin = copy.deepcopy(stock), copy.deepcopy(stock)
+        eager, graph = stepped(model), stepped(twin, "graph")
+        for step, calls in ((eager, 2), (graph, 1)):  # a graph's first step is followed by its recording
+            torch.manual_seed(9)
+            for _ in range(calls):
+                step({**batch, "attention_mask": mask}, 1e-3)
+        assert same(model, twin)
+        (recorded,) = graph.graphs.values()
+        assert recorded.graph.operators.synchronisations == []
+        graph(batch, 1e-3)
+        assert [recorded.graph.replays for recorded in graph.graphs.values()] == [0, 0]
+        graph({**batch, "attention_mask": mask}, 1e-3)
+        assert [recorded.graph.replays for recorded in graph.graphs.values()] == [1, 0]
 
 
 def test_position_buckets_are_computed_once_and_generation_is_the_stock_models() -> None:
