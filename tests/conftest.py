@@ -6,7 +6,8 @@ import os
 
 from hypothesis import settings
 
-# Before torch is imported anywhere: bits depend on the number of threads, and the Hub must never be asked.
+# Before torch is imported anywhere, and for the processes that tests start too. One thread, because tests are small and
+# may run side by side; all must also pass with the number that the caller sets. The Hub must never be asked.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NO_COLOR"] = "1"

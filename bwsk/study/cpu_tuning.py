@@ -2,8 +2,8 @@
 
 **Products.** PyTorch computes float32 matrix products by MKL, which takes its AVX2 kernels on processors that are not
 Intel's, although they have AVX-512. oneDNN, which the same builds bring for bfloat16, has kernels for all of them. So
-large float32 products go to oneDNN there, in forward and backward alike: as exact, not MKL's bits. Every mode of a
-study runs in a process that is set like this, so what has the same bits in one has them in the other.
+large float32 products go to oneDNN there, in forward and backward alike: as exact, not always MKL's bits. Every mode
+of a study runs in a process that is set like this, so what has the same bits in one has them in the other.
 
 **Freed memory.** glibc gives large blocks, and what is free at the end of its heap, back to the system at once, and a
 training step then asks for all of it again, page by page: a quarter of a million faults a step for T5-small. The heap

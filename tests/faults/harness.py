@@ -26,7 +26,7 @@ class Server:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(root), str(PROJECT)]),
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",  # whatever the tests run with: threads do not outlive a fork
             "HF_HUB_OFFLINE": "1",
             "NO_COLOR": "1",
         }

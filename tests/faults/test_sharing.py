@@ -33,7 +33,7 @@ sys.stdin.read()
 
 class Job:
     def __init__(self, folder: Path, visible: str | None = None) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
         environment.pop("CUDA_VISIBLE_DEVICES", None)
         if visible is not None:
             environment["CUDA_VISIBLE_DEVICES"] = visible

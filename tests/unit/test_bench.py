@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,6 @@ def bench(script: str, out: Path, *options: str) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     written = Path(done.stdout.splitlines()[-1].removeprefix("wrote "))
     return json.loads(written.read_text())
@@ -36,7 +34,7 @@ def test_rivals_take_turns(tmp_path: Path) -> None:
     result = bench("run", tmp_path, *shape, *SMALL, *options)
     plain, ours = result["rows"]
     assert (plain["rival"], ours["rival"], result["not_measured"]) == ("plain", "ours-reversible-eager", [])
-    assert ours["ratio_to_plain"] == pytest.approx(ours["step_ms"] / plain["step_ms"], rel=1e-3)
+    assert ours["ratio_to_plain"] == pytest.approx(ours["step_ms"] / plain["step_ms"], rel=1e-2)
     for row in result["rows"]:
         assert row["windows_per_s"] > 0 < row["projected_study_s"]
         assert "aten::mm" in row["profile"]["operators"]

@@ -13,10 +13,13 @@ import torch
 from bwsk.memory.available import MIB, _groups, free_host_memory, free_memory, resident_memory
 
 
-def test_the_machine_tells() -> None:
-    free = free_memory(torch.device("cpu"))
+def test_the_machine_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = free_host_memory()
     assert free is not None
-    assert free_host_memory() == pytest.approx(free, rel=0.2)
+    assert free > 0
+    with monkeypatch.context() as patch:  # what is free changes from one look to the next
+        patch.setattr("bwsk.free_memory.free_host_memory", lambda: 7.0)
+        assert free_memory(torch.device("cpu")) == 7.0
     now, most = resident_memory() or (0, 0)
     assert 50 < now <= most
     block = torch.ones(256 << 18)

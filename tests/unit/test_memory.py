@@ -97,7 +97,7 @@ def test_the_plan_of_a_very_small_step_comes_to_an_end(budget):
         vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
     )
     before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(20)
+    signal.alarm(300)
     try:
         if budget == "max":
             assert plan_of(config, budget, (4, 16, 16)).peak <= plan_of(config, "fast", (4, 16, 16)).peak

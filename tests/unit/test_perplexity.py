@@ -48,7 +48,7 @@ def published_by_hand(model: T5ForConditionalGeneration, tokens: np.ndarray) -> 
 
 def test_the_published_protocol_is_the_plain_loop(model: T5ForConditionalGeneration, tokens: np.ndarray) -> None:
     found = published_perplexity(model, tokens, window=WINDOW, stride=STRIDE, params=EvaluateParams(batch_size=7))
-    assert found == pytest.approx(published_by_hand(model, tokens), rel=1e-6)
+    assert found == pytest.approx(published_by_hand(model, tokens), rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 30, 10**6])  # one window at a time, two, three, all
@@ -79,8 +79,8 @@ def test_the_plain_perplexity_counts_every_target_once(model: T5ForConditionalGe
         with torch.no_grad():
             total += 8 * model(input_ids=window[:, :8], labels=window[:, 8:]).loss.item()
         count += 8
-    assert found.token_perplexity == pytest.approx(math.exp(total / count), rel=1e-6)
-    assert found.bits_per_byte == pytest.approx(total / count * len(tokens) / 600 / math.log(2), rel=1e-6)
+    assert found.token_perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(total / count * len(tokens) / 600 / math.log(2), rel=1e-5)
 
 
 def test_the_model_is_left_in_its_mode_and_its_random_state(
@@ -131,7 +131,7 @@ def test_a_model_whose_logits_are_not_the_last_product(tokens: np.ndarray) -> No
     bart = BartForConditionalGeneration(config)
     bart.final_logits_bias.uniform_(-3, 3)
     found = published_perplexity(bart, tokens, window=WINDOW, stride=STRIDE, params=EvaluateParams(batch_size=7))
-    assert found == pytest.approx(published_by_hand(bart, tokens), rel=1e-6)
+    assert found == pytest.approx(published_by_hand(bart, tokens), rel=1e-5)
 
 
 def test_autocast_casts_a_weight_once(model: T5ForConditionalGeneration, tokens: np.ndarray) -> None:

@@ -17,23 +17,40 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+GLIBC = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or "malloc" in os.environ.get("LD_PRELOAD", ""),
+    reason="the allocator is not glibc's",
+)
+ONEDNN = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this PyTorch has no oneDNN",
+)
 
 
 def answer(code: str) -> Any:
     """What `code` leaves in `found`, run by a new Python without settings of the allocator."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    program = f"import json, torch\ntorch.set_num_threads(1)\n{code}\nprint(json.dumps(found))"
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    program = f"import json, torch\n{code}\nprint(json.dumps(found))"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=env, check=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# Which library computes a product can be told by its operator alone: some processors give both the same bits.
+COUNT = """
+from torch.autograd.profiler import profile
+def by_onednn(work):
+    with profile() as profiled:
+        result = work()
+    return result, sum(event.name == "mkldnn::_linear_pointwise" for event in profiled.function_events)
+"""
+
+
 @ONEDNN
-def test_products_are_as_exact_and_small_ones_unchanged() -> None:
-    found = answer("""
+def test_large_products_go_to_onednn_as_exact_and_small_ones_are_unchanged() -> None:
+    found = answer(f"""
+{COUNT}
 from bwsk.study.cpu_tuning import WORTH_IT, multiply_by_onednn
 torch.manual_seed(0)
 def products(rows, inner, columns):
@@ -47,19 +64,21 @@ assert multiply_by_onednn() and multiply_by_onednn()
 def error(results):
     exact = [a.double().mm(b.double()) for a, b in large]
     return max(float((r - e).abs().max() / e.abs().max()) for r, e in zip(results, exact))
-after = [a.mm(b) for a, b in large]
-found = {
+after, by = by_onednn(lambda: [a.mm(b) for a, b in large])
+small_after, small_by = by_onednn(lambda: [a.mm(b) for a, b in small])
+found = {{
+    "by onednn": (by, small_by) == (4, 0),
     "error": [error(before), error(after)],
     "contiguous": all(r.is_contiguous() for r in after),
     "again": all(torch.equal(a.mm(b), r) for (a, b), r in zip(large, after)),
-    "small": all(torch.equal(a.mm(b), r) for (a, b), r in zip(small, small_before)),
+    "small": all(map(torch.equal, small_after, small_before)),
     "empty": list(torch.empty(0, 8).mm(torch.empty(8, 4)).shape),
     "double": error([a.double().mm(b.double()) for a, b in large]) == 0,
     "not finite": bool(torch.full((200, 300), torch.inf).mm(torch.ones(300, 400)).isinf().all()),
-}
+}}
 """)
     before, after = found.pop("error")
-    assert after < 1e-6 > before
+    assert after < 1e-5 > before  # bfloat16 or TF32 in between would cost 1e-3 or more
     assert found.pop("empty") == [0, 4]
     assert all(found.values()), found
 
@@ -67,8 +86,9 @@ found = {
 @ONEDNN
 @pytest.mark.parametrize("budget", ["fast", "max"])
 def test_the_reversible_engine_has_the_stock_bits_with_them(budget: str) -> None:
-    """Products above the limit, and one below; without the settings the loss has other bits."""
-    loss, *counts = answer(f"""
+    """Products above the limit, and one below."""
+    by, equal, count = answer(f"""
+{COUNT}
 import copy
 from transformers import T5Config, T5ForConditionalGeneration
 from bwsk import make_reversible
@@ -90,45 +110,51 @@ def steps(model):
         optimizer.step()
         optimizer.zero_grad()
     return kept
-plain = steps(copy.deepcopy(stock))
-multiply_by_onednn()
 reversible = copy.deepcopy(stock)
-one = steps(stock)
+_, without = by_onednn(lambda: steps(copy.deepcopy(stock)))
+multiply_by_onednn()
+one, conventional = by_onednn(lambda: steps(stock))
 make_reversible(reversible, "{budget}", batch=4, input_length=64, target_length=64)
-other = steps(reversible)
-found = [torch.equal(plain[-1], one[-1]), sum(map(torch.equal, one, other)), len(one)]
+other, again = by_onednn(lambda: steps(reversible))
+found = [[without, conventional, again], sum(map(torch.equal, one, other)), len(one)]
 """)
-    assert loss is False
-    assert counts[0] == counts[1] > 90
+    without, conventional, again = by
+    assert without == 0
+    assert again >= conventional > 90
+    assert equal == count > 90
+
+
+# By what is resident, for the faults that fetch a page cannot be counted on where pages are huge. The bounds are wide:
+# the system's own count of resident pages is approximate on a machine of many cores.
 
 
 @GLIBC
 def test_the_heap_keeps_what_was_freed() -> None:
-    """MiB of fresh pages in a round of blocks like the rounds before it: glibc alone asks for all of them again."""
+    """MiB that stay after each round of 141 MiB in blocks: glibc alone gives all back, to ask for it again."""
     code = """
-import resource
+from bwsk.memory.available import resident_memory
 {settings}
 def work():
     blocks = [torch.ones(mib << 18) for mib in (100, 1, 40)]
     while blocks:
         blocks.pop()
-def fresh():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    work()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20
-found = min(fresh() for _ in range(10))  # the first ones, until the holes fit
+    return resident_memory()[0]
+start = resident_memory()[0]
+found = [work() - start for _ in range(20)]
 """
     kept = "from bwsk.study.cpu_tuning import keep_freed_memory\nassert keep_freed_memory()"
-    assert answer(code.format(settings=kept)) < 5
-    assert answer(code.format(settings="")) > 130
+    rounds = answer(code.format(settings=kept))
+    assert rounds[0] > 100
+    assert rounds[-1] - rounds[9] < 50  # the holes fit by then: what is kept is used
+    assert max(answer(code.format(settings=""))) < 50
 
 
 @GLIBC
 def test_a_process_that_can_have_little_more_keeps_nothing() -> None:
     """At its peak it has half of all that it can have, so that a heap full of holes could be too much."""
-    keeps, fresh = answer("""
+    keeps, kept = answer("""
 import resource
-from bwsk.memory.available import free_host_memory, resident_memory
+from bwsk.memory.available import resident_memory
 from bwsk.study.cpu_tuning import keep_freed_memory
 def work():
     torch.ones(200 << 18)
@@ -141,31 +167,27 @@ now, most = resident_memory()
 for mib in (2 * most - now + 50, 2 * most - now - 50, 2 * most - now + 50, 2 * most - now - 50):
     limit(int(mib))
     keeps.append(keep_freed_memory())
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = resident_memory()[0]
 work()
-fresh = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20
-found = [keeps, fresh]
+found = [keeps, resident_memory()[0] - before]
 """)
     assert keeps == [True, False, True, False]
-    assert fresh > 190
+    assert kept < 50
 
 
 @GLIBC
 def test_holes_in_the_heap_are_given_back() -> None:
     """Large blocks that are freed between small ones that stay."""
-    found = answer("""
+    start, kept, after = answer("""
+from bwsk.memory.available import resident_memory
 from bwsk.study.cpu_tuning import give_back_freed_memory, keep_freed_memory
 keep_freed_memory()
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
-found = [resident()]
+found = [resident_memory()[0]]
 blocks = [torch.ones(mib << 18) for _ in range(10) for mib in (40, 1)]
 del blocks[::2]
-found.append(resident())
+found.append(resident_memory()[0])
 give_back_freed_memory()
-found.append(resident())
+found.append(resident_memory()[0])
 """)
-    start, kept, after = found
-    assert kept > start + 400
-    assert after < start + 30
+    assert kept > start + 350
+    assert after < start + 100

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pty
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +17,14 @@ from bwsk.study import progress as module
 from bwsk.study.progress import progress
 
 
-def test_log_lines_name_the_step_the_share_the_fields_and_the_end() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A millisecond from one look at the clock to the next."""
+    ticks = itertools.count()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 1000))
+
+
+def test_log_lines_name_the_step_the_share_the_fields_and_the_end(clock: None) -> None:
     log = io.StringIO()
     with progress(4, "train demo", file=log) as bar:
         bar.advance(1, loss=3.25)
@@ -27,7 +36,7 @@ def test_log_lines_name_the_step_the_share_the_fields_and_the_end() -> None:
     assert len(lines) == 3
 
 
-def test_log_is_quiet_between_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_is_quiet_between_intervals(clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
     log = io.StringIO()
     with progress(1000, "long", file=log) as bar:
         for _ in range(1000):

@@ -244,7 +244,6 @@ def test_rows_of_repeated_tokens_sum_as_in_the_dense_gradient():
 
 def _worker(rank: int, port: int, results, compared) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     found = []
     for budget in (None, "fast"):

@@ -174,13 +174,12 @@ VARIANT = r"(finetune|scratch)-(conventional|bwsk-analyzed|bwsk-reversible)"
 
 
 def environment(root: Path) -> dict[str, str]:
-    keep = ("HOME", "LANG", "LC_ALL", "TMPDIR", "USER", "LOGNAME", "SSH_AUTH_SOCK")
+    keep = ("HOME", "LANG", "LC_ALL", "TMPDIR", "USER", "LOGNAME", "SSH_AUTH_SOCK", "OMP_NUM_THREADS")
     return {
         **{name: os.environ[name] for name in keep if name in os.environ},
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         # The commands of this checkout, not of the one that is installed.
         "PYTHONPATH": str(root),
-        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "NO_COLOR": "1",
         "COLUMNS": "200",
