@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported anywhere, and for the processes that tests start too. One thread, because tests are small and
 # may run side by side; all must also pass with the number that the caller sets. The Hub must never be asked.
@@ -13,6 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NO_COLOR"] = "1"
 
 # Property-based tests look further on every run of a developer; a verdict on a change must not depend on the draw.
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# Nor does it depend on how fast the machine is.
+TIMELESS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("developer", **TIMELESS)
+settings.register_profile("ci", derandomize=True, **TIMELESS)
+settings.load_profile("ci" if os.environ.get("CI") else "developer")
