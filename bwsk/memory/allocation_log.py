@@ -26,11 +26,16 @@ _OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.bad
 
 @dataclass
 class Log:
-    """Allocations (positive) and releases (negative) in order, and where each phase begins."""
+    """Allocations (positive) and releases (negative) in order, and where each phase begins.
+
+    A storage can be of zero bytes, so `born` and `died`, not the sign of an event, say when it lived.
+    """
 
     events: list[tuple[int, int]] = field(default_factory=list)  # (storage number, bytes)
     marks: list[tuple[str, int]] = field(default_factory=list)  # (phase, index of its first event)
     sizes: dict[int, int] = field(default_factory=dict)
+    born: dict[int, int] = field(default_factory=dict)  # storage number: index of the event
+    died: dict[int, int] = field(default_factory=dict)
 
 
 class Tracker(TorchDispatchMode):
@@ -60,16 +65,17 @@ class Tracker(TorchDispatchMode):
 
         def ended(_: weakref.ref) -> None:
             if self._alive.pop(key, None) is not None:
+                self.log.died[number] = len(self.log.events)
                 self.log.events.append((number, -size))
 
         self._alive[key] = (weakref.ref(storage, ended), number)
         self.log.sizes[number] = size
+        self.log.born[number] = len(self.log.events)
         self.log.events.append((number, size))
         return number
 
     def stop(self) -> None:
         """Log nothing from here on."""
-        self.log = Log(list(self.log.events), list(self.log.marks), dict(self.log.sizes))
         self._alive = {}
 
     def mark(self, phase: str) -> None:

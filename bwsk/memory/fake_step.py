@@ -53,8 +53,6 @@ class FakeStep:
         """Peaks by phase and the composition of the largest, MiB."""
         starts = {index: phase for phase, index in self.log.marks}
         backward = next(index for phase, index in self.log.marks if phase == "backward")
-        ends = {number: index for index, (number, size) in enumerate(self.log.events) if size < 0}
-        born = {number: index for index, (number, size) in enumerate(self.log.events) if size > 0}
 
         def kind(number: int) -> str:
             if number in self.weights:
@@ -63,7 +61,7 @@ class FakeStep:
                 return "optimizer_states"
             if number in self.gradients:
                 return "gradients"
-            kept = born[number] < backward <= ends.get(number, len(self.log.events))
+            kept = self.log.born[number] < backward <= self.log.died.get(number, len(self.log.events))
             return "activations" if kept else "temporaries"
 
         totals = dict.fromkeys(("weights", "gradients", "optimizer_states", "activations", "temporaries"), 0)

@@ -10,11 +10,12 @@ from threading import Barrier, Event
 
 import pytest
 import torch
-from transformers import BartConfig, BertConfig, CLIPConfig, GPT2Config, T5Config
+from transformers import BartConfig, BertConfig, CLIPConfig, GPT2Config, Phi3Config, T5Config
 from typer.testing import CliRunner
 
 from bwsk import BwskError, predict_memory
 from bwsk.memory.cuda_rules import cuda_rules
+from bwsk.memory.fake_step import fake_step
 from bwsk.memory.prediction import largest_batch
 from bwsk.reversible.handle import plan_of
 
@@ -155,6 +156,30 @@ def test_precision_halves_what_is_halved(small):
 def test_other_architectures(config):
     found = predict_memory(config(num_hidden_layers=2, vocab_size=512), batch=2, input_length=32)
     assert found.peak_mib > found.kinds["weights"] > 0
+
+
+def test_storages_of_zero_bytes_change_nothing(tiny):
+    """An empty tensor lives from forward to backward, as the one that PyTorch's checkpoint makes per region."""
+
+    def keep_empty(fake, _):
+        fake.register_forward_hook(lambda module, args, output: kept.append(torch.empty(0)))
+
+    kept = []
+    plain, empty = (fake_step(tiny, 2, 16, None, "fp32", prepare=prepare) for prepare in (None, keep_empty))
+    assert 0 in empty.log.sizes.values()
+    assert empty.summary("fused") == plain.summary("fused")
+
+
+@pytest.mark.parametrize("mode", ["conventional", "checkpoint", "reversible"])
+def test_an_architecture_that_splits_off_nothing(mode):
+    """Phi-3 turns all of each head, and joins the empty rest to it; under autocast that rest is a tensor of its own."""
+    config = Phi3Config(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, intermediate_size=128,
+        vocab_size=100, pad_token_id=0, eos_token_id=1, partial_rotary_factor=1.0,
+    )  # fmt: skip
+    for precision in ("fp32", "bf16"):
+        found = predict_memory(config, batch=8, input_length=64, mode=mode, precision=precision)
+        assert found.peak_mib > found.kinds["weights"] > 0
 
 
 def test_largest_batch_is_the_largest(tiny):
