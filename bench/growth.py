@@ -73,8 +73,8 @@ def measure(args: argparse.Namespace, models: dict[str, str]) -> Iterator[list[d
                     if name == "plain" and known[shape]:
                         continue
                     mib = predicted(models[model], "plain" if name == "plain" else mode, batch, length, args.precision)
-                    kept = {key: row[key] for key in ("step_ms", "ratio_to_plain", "tokens_per_s", "peak_mib")}
-                    known[shape].append({"rival": name, **kept, "predicted_mib": round(mib, 1)})
+                    saved = {key: row[key] for key in ("step_ms", "ratio_to_plain", "tokens_per_s", "peak_mib")}
+                    known[shape].append({"rival": name, **saved, "predicted_mib": round(mib, 1)})
         yield [{"axis": axis, "model": model, "batch": batch, "length": length, **row} for row in known[shape]]
         for row in known[shape]:
             print(

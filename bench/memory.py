@@ -28,7 +28,7 @@ from bwsk.reversible.handle import curve_of
 
 
 def predicted(config: Any, rival: Rival, shape: tuple[int, int, int], precision: str, attention: str):
-    """The prediction for a rival, or None where a compiler decides what is kept."""
+    """The prediction for a rival, or None where a compiler decides what is saved."""
     if rival.compiled is not None:
         return None
     batch, ins, outs = shape
@@ -113,10 +113,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "curve": [plan.point() for plan in curve_of(found, shape, args.precision)],
     }
     if args.growth:
-        kept = [r for r in RIVALS if r.compiled is None and not r.trainer and "fused AdamW" not in r.name]
+        saved = [r for r in RIVALS if r.compiled is None and not r.trainer and "fused AdamW" not in r.name]
         result["growth"] = {
-            "batch": _growth(found, kept, [(b, args.input, args.target) for b in (1, 2, 4, 8, 16, 32, 64)], args),
-            "length": _growth(found, kept, [(args.batch, n, n) for n in (128, 256, 512, 1024, 2048)], args),
+            "batch": _growth(found, saved, [(b, args.input, args.target) for b in (1, 2, 4, 8, 16, 32, 64)], args),
+            "length": _growth(found, saved, [(args.batch, n, n) for n in (128, 256, 512, 1024, 2048)], args),
         }
     return result
 

@@ -1,36 +1,63 @@
-"""BWSK: classify the operations of a neural network as S-type or K-type, and train with less memory by it.
+"""BWSK: classify the operations of a neural network as S-type or K-type, and use that to train with less memory.
 
 The public names are imported on first use, so that `import bwsk` costs nothing:
 
 - `classify(model)`: census of the leaf modules by S-type, K-type and GRAY.
 - `trace(model, ...)`: the same for every operation that a training step really runs.
-- `make_reversible(model, budget=...)`: memory-saving backward, bit-identical gradients.
-- `predict_memory(model, ...)`: peak memory of a training step, without a GPU.
-- `BwskError`: what all of them raise on input they cannot use.
+- `make_reversible(model, budget=...)`: training steps that save less, with bit-identical gradients.
+- `plan(model, budget=...)`: what `make_reversible` would save and recompute, without a model in memory.
+- `predict_memory(model, ...)`: peak memory of a training step, without a GPU; `largest_batch`: what fits.
+- `BwskError`: raised by all of the above for invalid or unsupported input.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bwsk.classification.census import Census, classify
+    from bwsk.classification.rules.rule import RuleSet
+    from bwsk.classification.trace import Trace, trace
+    from bwsk.errors import BwskError
+    from bwsk.memory.prediction import Prediction, largest_batch, predict_memory
+    from bwsk.reversible.handle import Reversible, make_reversible, plan
+    from bwsk.reversible.plan import Plan
 
 __version__ = "0.1.0"
+__all__ = [
+    "BwskError",
+    "Census",
+    "Plan",
+    "Prediction",
+    "Reversible",
+    "RuleSet",
+    "Trace",
+    "__version__",
+    "classify",
+    "largest_batch",
+    "make_reversible",
+    "plan",
+    "predict_memory",
+    "trace",
+]
 
 _HOMES = {
-    "classify": "bwsk.classification.census",
-    "Census": "bwsk.classification.census",
-    "trace": "bwsk.classification.trace",
-    "make_reversible": "bwsk.reversible.handle",
-    "predict_memory": "bwsk.memory.prediction",
-    "BwskError": "bwsk.errors",
+    "bwsk.classification.census": ("Census", "classify"),
+    "bwsk.classification.rules.rule": ("RuleSet",),
+    "bwsk.classification.trace": ("Trace", "trace"),
+    "bwsk.errors": ("BwskError",),
+    "bwsk.memory.prediction": ("Prediction", "largest_batch", "predict_memory"),
+    "bwsk.reversible.handle": ("Reversible", "make_reversible", "plan"),
+    "bwsk.reversible.plan": ("Plan",),
 }
-__all__ = ["__version__", *_HOMES]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'bwsk' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+def __getattr__(name: str) -> object:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'bwsk' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from bwsk.files import write_json
-from bwsk.study.base_checkpoint import make_base
+from bwsk.study.base_checkpoint import make_base_checkpoint
 from bwsk.study.corpus import make_corpus
 from bwsk.study.params import Params, load_params
 from bwsk.study.tokenizer import make_tokenizer
@@ -65,6 +65,6 @@ def make_inputs(study: Path) -> Params:
     make_corpus(absolute, build / "corpus")
     make_tokenizer(params, build / "corpus", build / "tokenizer")
     make_tokens(params, build / "corpus", build / "tokenizer", build / "tokens")
-    make_base(params, build / "tokenizer", build / "tokens", build / "base")
+    make_base_checkpoint(params, build / "tokenizer", build / "tokens", build / "base")
     write_json(build / "analysis" / "census.json", {"s_ratio": 0.7, "k_ratio": 0.3})
     return params

@@ -76,7 +76,7 @@ class Partition:
 
 
 @dataclass(frozen=True)
-class Calm:
+class BarrierAnalysis:
     """Phases, barriers and parallelism of a traced step."""
 
     phases: tuple[Phase, ...]
@@ -101,7 +101,7 @@ class Calm:
         }
 
 
-def analyse(trace: Trace) -> Calm:
+def analyse(trace: Trace) -> BarrierAnalysis:
     """Phases, barriers, crossing traffic and parallelism of the forward pass, under the trace's rules."""
     operations = trace.data
     known = {op.index for op in operations}
@@ -113,7 +113,7 @@ def analyse(trace: Trace) -> Calm:
         levels[op.index] = (levels[top[0]] if top else 0) + (op.verdict != "S")
         before[op.index] = top[0] if top else None
     by_index = {op.index: op for op in operations}
-    return Calm(
+    return BarrierAnalysis(
         phases=_phases(operations, inputs, levels),
         barriers=tuple(
             Barrier(op.index, op.operator, op.kind, op.verdict, op.module, levels[op.index],
@@ -220,7 +220,7 @@ def _crossing(operations: list[Operation], inputs: _Edges, levels: dict[int, int
     return tuple(crossing)
 
 
-def partition(trace: Trace, devices: int, calm: Calm | None = None) -> Partition:
+def partition(trace: Trace, devices: int, calm: BarrierAnalysis | None = None) -> Partition:
     """Cut the step into `devices` stages at barriers, with the least traffic that leaves the stages balanced.
 
     Stages are runs of consecutive levels. Among all cuts whose largest stage is within 10 % of the even share (or of

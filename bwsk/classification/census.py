@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from bwsk.classification.counts import Counts
 from bwsk.classification.identify import identify, leaves
-from bwsk.classification.operators import Subject
+from bwsk.classification.operators import OpInfo
 from bwsk.classification.rules.rule import KINDS, Rule, RuleSet
 from bwsk.classification.rules.sets import rule_set
 from bwsk.classification.rules.strict import composition
@@ -25,7 +25,7 @@ from bwsk.errors import BwskError
 
 
 @dataclass(frozen=True)
-class Row:
+class ModuleRow:
     """One leaf module: `verdict` is "S", "K" or "GRAY"; `how` tells by what its kind was found."""
 
     name: str
@@ -48,10 +48,10 @@ class Census(Counts):
     model: str
     rules: str
     mode: str
-    rows: tuple[Row, ...]
+    rows: tuple[ModuleRow, ...]
     outside: tuple[str, ...]  # parameters that belong to no leaf: no row speaks for them
 
-    def _judged(self) -> tuple[Row, ...]:
+    def _judged(self) -> tuple[ModuleRow, ...]:
         return self.rows
 
     def by_kind(self) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ class Census(Counts):
 
 
 def classify(
-    source: Any,
+    model: Any,
     rules: str | RuleSet = "published",
     *,
     revision: str | None = None,
@@ -98,24 +98,24 @@ def classify(
 ) -> Census:
     """Classify every leaf module of a model.
 
-    `source` is a module (taken in the mode it is in), a transformers config, a Hub id, a directory or a `config.json`
+    `model` is a module (taken in the mode it is in), a transformers config, a Hub id, a directory or a `config.json`
     (built without weights, in training mode unless `training=False`). `rules` is "published", "strict" or a `RuleSet`.
     `ranks=True` measures the rank of every linear layer that has weights, instead of assuming it is full (an SVD each).
-    Raises `BwskError` when the model cannot be had or the rule set does not exist.
+    Raises `BwskError` if the model cannot be loaded or the rule set does not exist.
     """
     chosen = rule_set(rules)
-    model, name = _model(source, revision, training)
-    cache: dict[Any, Subject] = {}
+    built, name = _model(model, revision, training)
+    cache: dict[Any, OpInfo] = {}
     rows = []
     covered: set[int] = set()
-    for path, module in leaves(model):
+    for path, module in leaves(built):
         subject = identify(module, cache)
         if ranks:
             subject = _with_rank(path, subject, module)
         rows.append(_row(path, module, subject, chosen.decide(subject)))
         covered.update(id(p) for p in module.parameters())
-    outside = tuple(n for n, p in model.named_parameters() if id(p) not in covered)
-    return Census(name, chosen.name, "training" if model.training else "eval", tuple(rows), outside)
+    outside = tuple(n for n, p in built.named_parameters() if id(p) not in covered)
+    return Census(name, chosen.name, "training" if built.training else "eval", tuple(rows), outside)
 
 
 def _model(source: Any, revision: str | None, training: bool | None) -> tuple[nn.Module, str]:
@@ -135,22 +135,22 @@ def _model(source: Any, revision: str | None, training: bool | None) -> tuple[nn
     return model.train(training is not False), name
 
 
-def _row(path: str, module: nn.Module, subject: Subject, rule: Rule | None) -> Row:
+def _row(path: str, module: nn.Module, subject: OpInfo, rule: Rule | None) -> ModuleRow:
     head = (path, type(module).__name__, subject.kind)
     facts = composition(subject.facts) if "flow" in subject.facts else subject.facts
     tail = (subject.how, {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()})
     size = sum(p.numel() for p in module.parameters())
     if rule is None:
         why = "no rule for this kind" if subject.kind in KINDS else "not recognised by type, behaviour or operations"
-        return Row(*head, "GRAY", None, None, why, None, *tail, size)
-    return Row(*head, str(rule.verdict), rule.condition, str(rule.residue), rule.reason, rule.source, *tail, size)
+        return ModuleRow(*head, "GRAY", None, None, why, None, *tail, size)
+    return ModuleRow(*head, str(rule.verdict), rule.condition, str(rule.residue), rule.reason, rule.source, *tail, size)
 
 
-def _with_rank(name: str, subject: Subject, module: nn.Module) -> Subject:
+def _with_rank(name: str, subject: OpInfo, module: nn.Module) -> OpInfo:
     weight = getattr(module, "weight", None)
     if subject.kind != "linear" or weight is None or weight.is_meta or weight.dim() != 2:
         return subject
     if not bool(weight.isfinite().all()):
         raise BwskError(f"{name or type(module).__name__}: its weight is not finite, so it has no rank")
     rank = int(torch.linalg.matrix_rank(weight.detach().double()))
-    return Subject(subject.kind, {**subject.facts, "rank": rank}, subject.how)
+    return OpInfo(subject.kind, {**subject.facts, "rank": rank}, subject.how)

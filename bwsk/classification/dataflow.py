@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bwsk.classification import operator_names as names
-from bwsk.classification.operators import Role, Subject, identify_call, operator_name, output_role, packet_name
+from bwsk.classification.operators import OpInfo, Role, identify_call, operator_name, output_role, packet_name
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """One operator on the data's way: what it computes, its name, and the values that go in and come out, by number."""
 
-    subject: Subject
+    subject: OpInfo
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -88,7 +88,7 @@ def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> Flow:
     alive: list[Any] = [x]  # a freed tensor's id, or a freed storage's address, would be used again
     count = 0
 
-    class Recorder(TorchDispatchMode):
+    class DataflowRecorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal count
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -106,14 +106,14 @@ def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> Flow:
                 roles[_storage(t)] = max(role, roles.get(_storage(t), Role.FIXED))
                 others = [u for u in alive if _storage(u) == _storage(t) and u is not t]
                 if func._schema.is_mutable and id(t) in before and others:
-                    subject = Subject("unknown", {"class": operator_name(func)})
+                    subject = OpInfo("unknown", {"class": operator_name(func)})
                     number.update((id(u), count) for u in others)
                 alive.append(t)
             if subject.kind not in ("constant", "random"):
                 steps.append(Step(subject, operator_name(func), data, tuple(number[id(t)] for t in outs)))
             return out
 
-    with torch.no_grad(), Recorder():
+    with torch.no_grad(), DataflowRecorder():
         out = function(x)
     tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
     told = {id(t): t for t in tensors if id(t) in number}

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from bwsk.classification.operators import Subject
+from bwsk.classification.operators import OpInfo
 from bwsk.classification.probe import by_probe, probe_key
 
 
@@ -37,7 +37,7 @@ def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def identify(module: nn.Module, cache: dict[Any, Subject] | None = None) -> Subject:
+def identify(module: nn.Module, cache: dict[Any, OpInfo] | None = None) -> OpInfo:
     """Kind and facts of `module` in its present mode (training or eval); pass one `cache` for a whole model."""
     subject = _by_type(module)
     if subject is not None:
@@ -51,13 +51,13 @@ def identify(module: nn.Module, cache: dict[Any, Subject] | None = None) -> Subj
     return subject
 
 
-def _pooling(module: Any) -> Subject:
+def _pooling(module: Any) -> OpInfo:
     sizes = [getattr(module, n, None) for n in ("kernel_size", "stride", "padding")]
     kernel, stride, padding = ((n,) if isinstance(n, int) else tuple(n or ()) for n in sizes)
     if kernel and set(kernel) == set(stride) == {1} and not any(padding):  # each window holds one element
-        return Subject("identity")
+        return OpInfo("identity")
     mean = isinstance(module, nn.modules.pooling._AvgPoolNd)
-    return Subject("pooling", {"kernel": kernel, "mean": mean, "keeps": mean and _keeps(kernel, stride, padding)})
+    return OpInfo("pooling", {"kernel": kernel, "mean": mean, "keeps": mean and _keeps(kernel, stride, padding)})
 
 
 def _keeps(kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
@@ -67,23 +67,23 @@ def _keeps(kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int,
     return set(stride) == {1} and all(2 * p >= k - 1 for k, p in zip(kernel, padding, strict=True))
 
 
-def _upsample(module: Any) -> Subject:
+def _upsample(module: Any) -> OpInfo:
     """`reads_all`: every input element appears in the output; None where that depends on the input's size."""
     factors = module.scale_factor
     if not module.mode.startswith("nearest"):
-        return Subject("upsample", {"mode": module.mode})
+        return OpInfo("upsample", {"mode": module.mode})
     if factors is None:
-        return Subject("upsample", {"mode": "nearest", "reads_all": None})
+        return OpInfo("upsample", {"mode": "nearest", "reads_all": None})
     factors = factors if isinstance(factors, tuple) else (factors,)
     every = all(f == int(f) if f < 2 else True for f in factors) if min(factors) >= 1 else False
-    return Subject("upsample", {"mode": "nearest", "reads_all": every or (None if min(factors) >= 1 else False)})
+    return OpInfo("upsample", {"mode": "nearest", "reads_all": every or (None if min(factors) >= 1 else False)})
 
 
-def _recurrent(module: Any) -> Subject:
-    return Subject("recurrent", {"in": module.input_size, "out": module.hidden_size})
+def _recurrent(module: Any) -> OpInfo:
+    return OpInfo("recurrent", {"in": module.input_size, "out": module.hidden_size})
 
 
-def _convolution(module: Any) -> Subject:
+def _convolution(module: Any) -> OpInfo:
     kind = "transposed_convolution" if module.transposed else "convolution"
     if module.padding == "same":
         padding = tuple(d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True))
@@ -101,32 +101,32 @@ def _convolution(module: Any) -> Subject:
     }
     if module.transposed:
         facts["output_padding"] = tuple(module.output_padding)
-    return Subject(kind, facts)
+    return OpInfo(kind, facts)
 
 
-def _batch_norm(module: Any) -> Subject:
-    return Subject("batch_norm", {"batch_statistics": module.training or module.running_mean is None})
+def _batch_norm(module: Any) -> OpInfo:
+    return OpInfo("batch_norm", {"batch_statistics": module.training or module.running_mean is None})
 
 
-def _dropout(module: Any) -> Subject:
-    return Subject("dropout", {"p": float(module.p), "training": module.training})
+def _dropout(module: Any) -> OpInfo:
+    return OpInfo("dropout", {"p": float(module.p), "training": module.training})
 
 
-def _layer_norm(module: Any) -> Subject:
-    return Subject("layer_norm", {"size": math.prod(module.normalized_shape)})
+def _layer_norm(module: Any) -> OpInfo:
+    return OpInfo("layer_norm", {"size": math.prod(module.normalized_shape)})
 
 
-_TYPES: tuple[tuple[type[nn.Module], Callable[[Any], Subject]], ...] = (
-    (nn.Linear, lambda m: Subject("linear", {"in": m.in_features, "out": m.out_features})),
+_TYPES: tuple[tuple[type[nn.Module], Callable[[Any], OpInfo]], ...] = (
+    (nn.Linear, lambda m: OpInfo("linear", {"in": m.in_features, "out": m.out_features})),
     (nn.modules.dropout._DropoutNd, _dropout),
     (nn.LayerNorm, _layer_norm),
-    (nn.RMSNorm, lambda m: Subject("rms_norm", {"size": math.prod(m.normalized_shape)})),
-    (nn.GroupNorm, lambda m: Subject("group_norm", {"channels": m.num_channels // m.num_groups})),
-    (nn.modules.instancenorm._InstanceNorm, lambda m: Subject("group_norm", {"channels": 1})),
+    (nn.RMSNorm, lambda m: OpInfo("rms_norm", {"size": math.prod(m.normalized_shape)})),
+    (nn.GroupNorm, lambda m: OpInfo("group_norm", {"channels": m.num_channels // m.num_groups})),
+    (nn.modules.instancenorm._InstanceNorm, lambda m: OpInfo("group_norm", {"channels": 1})),
     (nn.modules.batchnorm._BatchNorm, _batch_norm),
-    (nn.Embedding, lambda m: Subject("embedding", {"rows": m.num_embeddings, "out": m.embedding_dim})),
+    (nn.Embedding, lambda m: OpInfo("embedding", {"rows": m.num_embeddings, "out": m.embedding_dim})),
     (nn.modules.conv._ConvNd, _convolution),
-    (nn.Identity, lambda m: Subject("identity")),
+    (nn.Identity, lambda m: OpInfo("identity")),
     (nn.modules.pooling._MaxPoolNd, _pooling),
     (nn.modules.pooling._AvgPoolNd, _pooling),
     (nn.modules.pooling._AdaptiveAvgPoolNd, _pooling),
@@ -135,18 +135,18 @@ _TYPES: tuple[tuple[type[nn.Module], Callable[[Any], Subject]], ...] = (
     (nn.Upsample, _upsample),
     (nn.RNNBase, _recurrent),
     (nn.RNNCellBase, _recurrent),
-    (nn.Flatten, lambda m: Subject("reshape")),
-    (nn.Unflatten, lambda m: Subject("reshape")),
-    (nn.PixelShuffle, lambda m: Subject("reshape")),
-    (nn.PixelUnshuffle, lambda m: Subject("reshape")),
-    (nn.modules.loss._Loss, lambda m: Subject("loss")),
+    (nn.Flatten, lambda m: OpInfo("reshape")),
+    (nn.Unflatten, lambda m: OpInfo("reshape")),
+    (nn.PixelShuffle, lambda m: OpInfo("reshape")),
+    (nn.PixelUnshuffle, lambda m: OpInfo("reshape")),
+    (nn.modules.loss._Loss, lambda m: OpInfo("loss")),
 )
 
 
-def _by_type(module: nn.Module) -> Subject | None:
+def _by_type(module: nn.Module) -> OpInfo | None:
     # GPT-2's transposed linear.
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
-        return Subject("linear", {"in": int(module.nx), "out": int(module.nf)})
+        return OpInfo("linear", {"in": int(module.nx), "out": int(module.nf)})
     for cls, facts in _TYPES:
         if isinstance(module, cls):
             # The library class in the module's ancestry that really defines the forward that runs.

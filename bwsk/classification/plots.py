@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bwsk.errors import BwskError
 
 if TYPE_CHECKING:
-    from bwsk.classification.barriers import Calm
+    from bwsk.classification.barriers import BarrierAnalysis
     from bwsk.classification.census import Census
     from bwsk.classification.trace import Trace
 
@@ -24,7 +24,7 @@ _KINDS = 12  # rows beyond these are drawn as "other"
 _LEAST = 0.25  # share of a cell that its number needs to be read
 
 
-def draw_modules(censuses: Mapping[str, Census], path: Path) -> None:
+def draw_module_map(censuses: Mapping[str, Census], path: Path) -> None:
     """S/K map: one panel per rule set, a column per block of the network, a row per kind, cells counting S and K."""
     plt = _pyplot()
     first = next(iter(censuses.values()))
@@ -83,7 +83,7 @@ def block_of(name: str) -> str:
     return f"{stack} {match[3]}"
 
 
-def draw_barriers(trace: Trace, calm: Calm, path: Path) -> None:
+def draw_barriers(trace: Trace, calm: BarrierAnalysis, path: Path) -> None:
     """What crosses each level of barriers, and how many S and K operations each level holds."""
     plt = _pyplot()
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True, height_ratios=(2, 1))

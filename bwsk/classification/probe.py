@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from bwsk.classification.dataflow import Flow, dispatched
-from bwsk.classification.operators import Subject
+from bwsk.classification.operators import OpInfo
 from bwsk.classification.witness import fixed_draws
 
 _MACHINERY = frozenset(vars(nn.Module())) - {"training"}
@@ -58,7 +58,7 @@ class _Probe:
         return torch.func.functional_call(self.module, self.state, inputs)
 
 
-def by_probe(module: nn.Module) -> Subject:
+def by_probe(module: nn.Module) -> OpInfo:
     """Kind and facts of a module by its behaviour, or else by the operators that it dispatches."""
     # The grid of numbers is fixed; what is drawn comes from a private copy of the generator.
     with torch.no_grad(), fixed_draws():
@@ -70,7 +70,7 @@ def by_probe(module: nn.Module) -> Subject:
             found = _attempt(test, probe) if probe else None
             if found:
                 return _with_rank(found, small) if "flow" in found.facts else found
-        return Subject("unknown", {"class": type(module).__name__}, "none")
+        return OpInfo("unknown", {"class": type(module).__name__}, "none")
 
 
 def _detached(module: nn.Module) -> nn.Module:
@@ -82,7 +82,7 @@ def _detached(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _attempt(test: Callable[[_Probe], Subject | None], probe: _Probe) -> Subject | None:
+def _attempt(test: Callable[[_Probe], OpInfo | None], probe: _Probe) -> OpInfo | None:
     try:
         return test(probe)
     except Exception:  # the probe's inputs were not what this module takes: then it is not of this kind
@@ -103,7 +103,7 @@ _REFERENCES: tuple[tuple[str, Callable[[Tensor], Tensor], float], ...] = (
 )
 
 
-def _elementwise(probe: _Probe) -> Subject | None:
+def _elementwise(probe: _Probe) -> OpInfo | None:
     grid = _GRID
     state = torch.get_rng_state()
     y = probe(grid.reshape(1, -1).clone())
@@ -126,14 +126,14 @@ def _elementwise(probe: _Probe) -> Subject | None:
     for kind, reference, bound in _REFERENCES:
         beyond = kind != "identity" or torch.equal(of(far.reshape(1, -1)).reshape(-1), far)
         if float((y - reference(grid)).abs().max()) <= bound and beyond:
-            return Subject(kind, {}, "behaviour")
+            return OpInfo(kind, {}, "behaviour")
     wide = torch.cat([of((-_FAR.flip(0)).reshape(1, -1)).reshape(-1), y[1:-1], of(_FAR.reshape(1, -1)).reshape(-1)])
     steps, after = wide.diff(), of(far.reshape(1, -1)).reshape(-1).diff()
     close = [of(part.reshape(1, -1)).reshape(-1).diff() for part in (_CLOSE, -_CLOSE.flip(0))]  # stairs have flat steps
     rises, falls = (all(bool((sign * d > 0).all()) for d in (steps, *close)) for sign in (1, -1))
     turns = bool((after < 0).any()) if rises else bool((after > 0).any())
     injective = (rises or falls) and not turns and not (bool((after == 0).any()) and _clamps(probe))
-    return Subject("injective_elementwise" if injective else "erasing_elementwise", {}, "behaviour")
+    return OpInfo("injective_elementwise" if injective else "erasing_elementwise", {}, "behaviour")
 
 
 def _clamps(probe: _Probe) -> bool:
@@ -142,26 +142,26 @@ def _clamps(probe: _Probe) -> bool:
     return any(step.subject.kind == "erasing_elementwise" for step in steps)
 
 
-def _random_zeroing(probe: _Probe) -> Subject | None:
+def _random_zeroing(probe: _Probe) -> OpInfo | None:
     """Dropout of elements or of whole rows (stochastic depth): every output is zero or x / (1 - p)."""
     x = _GRID[_GRID != 0]
     y = torch.cat([probe(x.reshape(1, -1).clone()).reshape(-1).double() for _ in range(8)])
     factors = (y / x.repeat(8))[y != 0]
     if factors.numel() and float(factors.max() - factors.min()) < 1e-6:
-        return Subject("dropout", {"p": round(1 - 1 / float(factors[0]), 6), "training": True}, "behaviour")
+        return OpInfo("dropout", {"p": round(1 - 1 / float(factors[0]), 6), "training": True}, "behaviour")
     return None
 
 
-def _rotary(probe: _Probe) -> Subject | None:
+def _rotary(probe: _Probe) -> OpInfo | None:
     positions = torch.arange(5).reshape(1, 5)
     out = probe(torch.zeros(1, 5, 8, dtype=torch.float64), positions)
     if not (isinstance(out, tuple) and len(out) == 2 and all(isinstance(t, Tensor) for t in out)):
         return None
     squares = out[0].double() ** 2 + out[1].double() ** 2
-    return Subject("position", {}, "behaviour") if float((squares - squares.mean()).abs().max()) < 1e-3 else None
+    return OpInfo("position", {}, "behaviour") if float((squares - squares.mean()).abs().max()) < 1e-3 else None
 
 
-def _row_function(probe: _Probe) -> Subject | None:
+def _row_function(probe: _Probe) -> OpInfo | None:
     """Norms and softmax: functions of rows that are what defines them."""
     for width in probe.widths or [8]:
         for shape in ((3, width), (2, 5, width), (2, width, 3, 3), (2, width, 5)):
@@ -175,7 +175,7 @@ def _row_function(probe: _Probe) -> Subject | None:
     return None
 
 
-def _norm(probe: _Probe, x: Tensor, y: Tensor, width: int) -> Subject | None:
+def _norm(probe: _Probe, x: Tensor, y: Tensor, width: int) -> OpInfo | None:
     """y = (x - m) / s * w + b, with a scale s (and mean m) per row and w and b per feature.
 
     b is what a row of zeros gives; then log|y - b| - log|x - m| is a sum of a part per row and a part per feature.
@@ -191,11 +191,11 @@ def _norm(probe: _Probe, x: Tensor, y: Tensor, width: int) -> Subject | None:
                 if (ratio != 0).all() and torch.allclose(
                     ratio * ratio[0, 0], ratio[:1] * ratio[:, :1], rtol=1e-3, atol=0
                 ):
-                    return Subject(kind, {"size": width}, "behaviour")
+                    return OpInfo(kind, {"size": width}, "behaviour")
     return None
 
 
-def _softmax(probe: _Probe, x: Tensor) -> Subject | None:
+def _softmax(probe: _Probe, x: Tensor) -> OpInfo | None:
     """Or its logarithm, at any temperature, along any axis."""
     y = probe(x.clone()).double()
     for axis in range(x.dim()):
@@ -203,7 +203,7 @@ def _softmax(probe: _Probe, x: Tensor) -> Subject | None:
             if torch.allclose(log.exp().sum(axis), torch.ones((), dtype=y.dtype)):
                 slopes = (log.diff(dim=axis) / x.diff(dim=axis)).flatten()
                 if slopes.numel() and slopes[0] != 0 and torch.allclose(slopes, slopes[0].expand_as(slopes)):
-                    return Subject("softmax", {"log": logarithm, "last": axis == x.dim() - 1}, "behaviour")
+                    return OpInfo("softmax", {"log": logarithm, "last": axis == x.dim() - 1}, "behaviour")
     return None
 
 
@@ -213,7 +213,7 @@ _ARITHMETIC = frozenset({"elementwise_constant", "reshape", "identity", "widenin
 _CORES = frozenset({"linear", "convolution", "transposed_convolution", "embedding"})
 
 
-def _table(probe: _Probe) -> Subject | None:
+def _table(probe: _Probe) -> OpInfo | None:
     """A table of positions or of words with a forward of its own: fed indices, a shape, or nothing at all."""
     inputs: list[tuple[Any, ...]] = [()]
     if isinstance(probe.module, nn.Embedding):
@@ -226,12 +226,12 @@ def _table(probe: _Probe) -> Subject | None:
         except Exception:
             continue
         if not flow.steps:  # the shape is all that it looks at
-            return Subject("position", {}, "operations")
-        return _core(flow, x) or Subject("composite", {"flow": flow}, "operations")
+            return OpInfo("position", {}, "operations")
+        return _core(flow, x) or OpInfo("composite", {"flow": flow}, "operations")
     return None
 
 
-def _operations(probe: _Probe) -> Subject | None:
+def _operations(probe: _Probe) -> OpInfo | None:
     for width in probe.widths or [8]:
         for shape in ((3, width), (2, 5, width), (2, width, 12, 12), (2, width, 12)):
             x = torch.randn(shape, dtype=torch.float64, device=probe.device)
@@ -242,11 +242,11 @@ def _operations(probe: _Probe) -> Subject | None:
             if flow.steps:
                 routes = any(step.subject.kind == "routing" for step in flow.steps)
                 kind = "routing" if routes else "composite"
-                return _core(flow, x) or Subject(kind, {"flow": flow, "shape": shape}, "operations")
+                return _core(flow, x) or OpInfo(kind, {"flow": flow, "shape": shape}, "operations")
     return None
 
 
-def _with_rank(subject: Subject, probe: _Probe | None) -> Subject:
+def _with_rank(subject: OpInfo, probe: _Probe | None) -> OpInfo:
     """Also whether the outputs depend on fewer numbers than go in: the rank of the derivative at a random input."""
     shape = (1, *subject.facts.get("shape", ())[1:])
     if len(shape) == 4:  # images: small ones will do
@@ -254,7 +254,7 @@ def _with_rank(subject: Subject, probe: _Probe | None) -> Subject:
     deficient = None
     if probe and len(shape) > 1 and math.prod(shape) <= _DERIVATIVES:
         deficient = _attempt(lambda p: _deficient(p, torch.randn(shape, dtype=torch.float64)), probe)
-    return Subject(subject.kind, {"flow": subject.facts["flow"], "deficient": deficient}, subject.how)
+    return OpInfo(subject.kind, {"flow": subject.facts["flow"], "deficient": deficient}, subject.how)
 
 
 def _deficient(probe: _Probe, x: Tensor) -> bool:
@@ -272,7 +272,7 @@ def _deficient(probe: _Probe, x: Tensor) -> bool:
     return rank < x.numel() - 2 * x.numel() // max(x.shape)  # two scalars per row are a residue
 
 
-def _core(flow: Flow, x: Tensor) -> Subject | None:
+def _core(flow: Flow, x: Tensor) -> OpInfo | None:
     """The one operation that is more than arithmetic with known numbers; arithmetic alone is a diagonal linear map."""
     cores = [step.subject for step in flow.steps if step.subject.kind not in _ARITHMETIC]
     if not flow.kept(lambda step: True)[0] or len(cores) > 1:
@@ -280,8 +280,8 @@ def _core(flow: Flow, x: Tensor) -> Subject | None:
     if any(step.subject.facts.get("noise") for step in flow.steps):
         return None
     if not cores and any(step.subject.kind == "elementwise_constant" for step in flow.steps):
-        return Subject("linear", {"in": x.shape[-1], "out": x.shape[-1]}, "operations")
+        return OpInfo("linear", {"in": x.shape[-1], "out": x.shape[-1]}, "operations")
     if not cores or cores[0].kind not in _CORES:
         return None
     facts = {key: value for key, value in cores[0].facts.items() if key != "length"}  # that of the probe
-    return Subject(cores[0].kind, facts, "operations")
+    return OpInfo(cores[0].kind, facts, "operations")

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bwsk.classification.operators import Role, Subject, identify_call, operator_name, output_role, packet_name
+from bwsk.classification.operators import OpInfo, Role, identify_call, operator_name, output_role, packet_name
 from bwsk.classification.rules.rule import RuleSet
 from bwsk.classification.rules.sets import rule_set
 
@@ -240,7 +240,7 @@ class Recorder(TorchDispatchMode):
         decided: dict[Any, dict[str, Any]] = {}
         operations = []
         for row in self.rows:
-            subject: Subject = row.pop("subject")
+            subject: OpInfo = row.pop("subject")
             key = (subject.kind, row["operator"], tuple(sorted((k, str(v)) for k, v in subject.facts.items())))
             if key not in decided:
                 decided[key] = _verdicts(self.rules, subject, row["operator"])
@@ -248,7 +248,7 @@ class Recorder(TorchDispatchMode):
         return tuple(operations)
 
 
-def _verdicts(rules: RuleSet, subject: Subject, operator: str) -> dict[str, Any]:
+def _verdicts(rules: RuleSet, subject: OpInfo, operator: str) -> dict[str, Any]:
     """What the chosen rules say, or else the strict ones, beside what both built-in sets say."""
     strict, published = (rule_set(name).decide(subject, operator) for name in ("strict", "published"))
     rule = rules.decide(subject, operator) or strict

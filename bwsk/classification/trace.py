@@ -99,7 +99,7 @@ class Trace(Counts):
 
 
 def trace(
-    source: Any,
+    model: Any,
     *,
     batch: int = 4,
     input_length: int = 256,
@@ -113,7 +113,7 @@ def trace(
 ) -> Trace:
     """Trace one training step of a model on fake tensors; nothing is allocated and the model is not changed.
 
-    `source` is a module, a config, a Hub id, a directory or a `config.json`. Text models are fed `batch` sequences of
+    `model` is a module, a config, a Hub id, a directory or a `config.json`. Text models are fed `batch` sequences of
     `input_length` tokens (decoders of encoder-decoder models `target_length`), image models `batch` images of their
     config's size; `inputs` replaces all of that. `autocast` is None, "bf16" or "fp16". Under "published" rules,
     kinds that the publication does not speak about keep their strict verdict. Raises `BwskError` for a model that
@@ -127,20 +127,20 @@ def trace(
         if size < 1:
             raise BwskError(f"{label} {size}: must be at least 1")
     chosen = rule_set(rules)
-    model, name = load(source, revision=revision, attn_implementation=attn_implementation)
-    if not isinstance(source, nn.Module):
-        model.train(training)
-        if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("batched_mm")  # runs without values and in any precision
+    built, name = load(model, revision=revision, attn_implementation=attn_implementation)
+    if not isinstance(model, nn.Module):
+        built.train(training)
+        if hasattr(built, "set_experts_implementation"):
+            built.set_experts_implementation("batched_mm")  # runs without values and in any precision
     device = "cuda" if torch.cuda.is_available() else "cpu"
     feed = (
         dict(inputs)
         if inputs is not None
-        else example_batch(model, batch, input_length, target_length, image_size=_IMAGE_SIZE, device="meta")
+        else example_batch(built, batch, input_length, target_length, image_size=_IMAGE_SIZE, device="meta")
     )
     recorder = Recorder(chosen)
     try:
-        backward, parameter_bytes = _step(model, feed, recorder, device, autocast)
+        backward, parameter_bytes = _step(built, feed, recorder, device, autocast)
     except BwskError:
         raise
     except Exception as error:  # anything a model's forward may raise on tensors without values
@@ -149,12 +149,12 @@ def trace(
             f"{name}: its training step cannot be traced without values: {type(error).__name__}: {text}"
         ) from error
     setting = {
-        "mode": "training" if model.training else "eval",
+        "mode": "training" if built.training else "eval",
         "device": device,
         "autocast": autocast,
         "inputs": {key: list(value.shape) for key, value in feed.items() if isinstance(value, Tensor)},
-        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
-        "experts": getattr(getattr(model, "config", None), "_experts_implementation", None),
+        "attention": getattr(getattr(built, "config", None), "_attn_implementation", None),
+        "experts": getattr(getattr(built, "config", None), "_experts_implementation", None),
     }
     return Trace(name, chosen.name, setting, recorder.finish(), backward, parameter_bytes)
 

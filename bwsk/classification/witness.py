@@ -1,13 +1,13 @@
 """Witnesses: executable evidence that an operation preserves or erases its input.
 
-A *specimen* is one concrete operation (a small real module, or one operator call) with evidence that a machine checks:
+A *case* is one concrete operation (a small real module, or one operator call) with evidence that a machine checks:
 
 - **inverse** (evidence for S): `invert(f, f(x), r) = x`, bit-exactly or within a stated bound of 1 % at most, where the
   residue `r = keep(f, x)` has no more than the declared size and the state of a generator is the same whatever `x` is.
   Parameters of `f` are known; only `x` is to be got back, which is drawn and no constant.
 - **collision** (evidence for K): inputs `a != b` with `f(a) = f(b)`, bit for bit. The two must differ by at least
   0.1 somewhere and stay below 32 in size, in double precision, so that erasure is told from mere rounding.
-  A specimen marked `saturates` shows a collision that float32 alone makes (a tanh at its plateau).
+  A case marked `saturates` shows a collision that float32 alone makes (a tanh at its plateau).
 
 Checks draw from their own generators and never touch the global random state.
 """
@@ -53,12 +53,12 @@ class WitnessError(AssertionError):
 
 
 @dataclass(frozen=True)
-class Specimen:
+class WitnessCase:
     """One concrete operation and the evidence about it.
 
     `make(generator)` builds the operation; `sample(generator)` an input, `pair(operation, generator)` two colliding
     ones. `keep(operation, x)` is the residue and `invert(operation, y, residue)` the input again, with error at most
-    `bound` times the largest element (0: bit-exact). A K specimen with a residue smaller than everything needs both.
+    `bound` times the largest element (0: bit-exact). A K case with a residue smaller than everything needs both.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Specimen:
         """What the evidence is evidence for."""
         return Verdict.S if self.pair is None else Verdict.K
 
-    @cache  # noqa: B019 - specimens are few, frozen and live as long as the process
+    @cache  # noqa: B019 - cases are few, frozen and live as long as the process
     def check(self, seed: int = 0) -> None:
         """Run the evidence; raises `WitnessError` when it does not hold. What has held is not run twice."""
         generator = torch.Generator().manual_seed(seed)

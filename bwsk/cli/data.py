@@ -89,10 +89,10 @@ def base(
     device: Annotated[str, typer.Option(help="Where to pretrain: cpu or cuda.")] = "cpu",
 ) -> None:
     """Fetch, check or pretrain the base checkpoint."""
-    from bwsk.study.base_checkpoint import make_base
+    from bwsk.study.base_checkpoint import make_base_checkpoint
     from bwsk.study.params import load_params
 
-    info = make_base(load_params(params_file), tokenizer, tokens, out, device)
+    info = make_base_checkpoint(load_params(params_file), tokenizer, tokens, out, device)
     typer.echo(f"base {info['name']}: {info['parameters']:,} parameters, sha256 {info['sha256'][:12]}")
 
 

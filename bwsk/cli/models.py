@@ -45,9 +45,9 @@ def classify(
             json, {"source": model} | chosen.to_dict() | {"differences": differences, other.rules: _totals(other)}
         )
     if figure:
-        from bwsk.classification.plots import draw_modules
+        from bwsk.classification.plots import draw_module_map
 
-        draw_modules(censuses, figure)
+        draw_module_map(censuses, figure)
     _print_census(model, name, chosen, other)
     _gray(chosen.unknown(), strict)
 

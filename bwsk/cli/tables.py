@@ -63,23 +63,23 @@ def plan_tables(
     shown.add_column("operation", no_wrap=True, vertical="bottom")
     shown.add_column("to invert it")
     shown.add_column("here", no_wrap=True, vertical="bottom")
-    numbers(shown, "kept\nKiB", "redone\nMFLOP")
+    numbers(shown, "saved\nKiB", "recomputed\nMFLOP")
     for names, operations in _groups(rows(plan), full):
         shown.add_row(f"[bold]{names}[/bold]")
         for row in operations:
             flops = f"{row.flops / 1e6:,.0f}" if row.flops else ""
-            kept = f"{row.kept / 1024:,.0f}" if row.kept >= 512 else "<1" if row.kept else ""
-            shown.add_row(f"  {row.operation}", row.verdict, row.action, kept, flops)
+            saved = f"{row.saved / 1024:,.0f}" if row.saved >= 512 else "<1" if row.saved else ""
+            shown.add_row(f"  {row.operation}", row.verdict, row.action, saved, flops)
     out.print(shown)
-    say(out, f"\nkept {number(plan.kept / MIB, digits)} MiB, predicted peak {number(plan.peak / MIB, digits)} MiB")
-    say(out, f"redone {plan.extra_flops / 1e9:,.1f} GFLOP, {plan.overhead:+.1%} of a step\n")
+    say(out, f"\nkept {number(plan.saved / MIB, digits)} MiB, predicted peak {number(plan.peak / MIB, digits)} MiB")
+    say(out, f"recomputed {plan.extra_flops / 1e9:,.1f} GFLOP, {plan.overhead:+.1%} of a step\n")
     shown = table(title="trade-off (predicted)")
-    numbers(shown, "peak\nMiB", "kept\nMiB", "extra\nFLOPs")
+    numbers(shown, "peak\nMiB", "saved\nMiB", "extra\nFLOPs")
     shown.add_column("")
     low, high = min(p.peak for p in curve), max(p.peak for p in curve)
     for point in curve:
         bar = "▇" * round(1 + 29 * (point.peak - low) / max(high - low, 1))
-        sizes = (number(size / MIB, digits) for size in (point.peak, point.kept))
+        sizes = (number(size / MIB, digits) for size in (point.peak, point.saved))
         shown.add_row(*sizes, f"{point.overhead:+.1%}", bar)
     out.print(shown)
 
@@ -138,7 +138,7 @@ def _groups(rows: list[PlanRow], full: bool) -> list[tuple[str, list[PlanRow]]]:
 
 
 def _facts(row: PlanRow) -> tuple:
-    return row.verdict, row.action, row.kept, row.flops
+    return row.verdict, row.action, row.saved, row.flops
 
 
 def _joined(names: list[str]) -> str:

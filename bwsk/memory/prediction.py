@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from bwsk.architecture import load_config
 from bwsk.budget import MIB
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import fake_step, require_one_of, stock_peak
@@ -65,12 +66,13 @@ def predict_memory(
 ) -> Prediction:
     """Predict the peak memory of one training step of a Hugging Face model.
 
-    `model`: a model or a config; a model is only read. Lengths are in tokens (images take theirs from the config);
-    `target_length` defaults to `input_length` and counts for encoder-decoder models only. `precision`: "fp32", or
-    float32 weights under autocast "bf16" or "fp16". `budget`: as for `make_reversible`, in mode "reversible" only.
+    `model`: a model (only read), a config, a Hub id, a directory or a `config.json`. Lengths are in tokens (images take
+    theirs from the config); `target_length` defaults to `input_length` and counts for encoder-decoder models only.
+    `precision`: "fp32", or float32 weights under autocast "bf16" or "fp16". `budget`: as for `make_reversible`, in mode "reversible" only.
     `optimizer`: AdamW "fused", "foreach" or "loop"; default is what PyTorch picks by itself on CUDA (foreach), and
     fused in mode "reversible". Raises `BwskError` on arguments or models it cannot use.
     """
+    model = model if isinstance(model, nn.Module) else load_config(model)
     require_one_of("mode", mode, ("conventional", "checkpoint", "reversible"))
     if optimizer is not None:
         require_one_of("optimizer", optimizer, ("fused", "foreach", "loop"))

@@ -1,10 +1,11 @@
-"""Other Hugging Face architectures: regions of the stock graph that are redone, and a plan measured on fake tensors.
+"""The engine for other architectures: regions of the stock graph are recomputed, by a plan measured on fake tensors.
 
-Where no engine of its own exists, the stock autograd graph stays, and regions of it are redone by PyTorch's
+Where no engine of its own exists, the stock autograd graph stays, and regions of it are recomputed by PyTorch's
 non-reentrant checkpoint, which leaves the order of every sum as it is. Two levels per block:
 
-    core    attention from q, k, v: scores, softmax and dropout are redone, the products around them kept
-    block   the whole block from its input
+    checkpoint_attention    attention from q, k, v: scores, softmax and dropout are recomputed, the products around
+                            them saved
+    checkpoint_block        the whole block from its input
 
 On top, causal language models get the loss head that keeps one copy of the logits. Kept bytes, working memory and FLOPs
 of each block are read off a training step on fake tensors, once per level; the plan is then solved like T5's.
@@ -33,32 +34,39 @@ from bwsk.example_batch import example_batch
 from bwsk.memory.allocation_log import Tracker
 from bwsk.memory.fake_step import faked, step_loss, stock_peak
 from bwsk.reversible.cross_entropy import cross_entropy
-from bwsk.reversible.patching import globally_hooked, hooked, put, require_stock_forward, stock_forward, take_off
-from bwsk.reversible.plan import Choice, Head, Plan, Unit, met, solve
+from bwsk.reversible.patching import (
+    globally_hooked,
+    hooked,
+    patch_forward,
+    require_stock_forward,
+    stock_forward,
+    unpatch,
+)
+from bwsk.reversible.plan import Choice, Head, Level, Plan, Unit, require_within_budget, solve
 
 _KINDS = ("eager", "sdpa")
 _NAME = "bwsk"
-_LEVELS = ("core", "block")
+_LEVELS = (Level.CHECKPOINT_ATTENTION, Level.CHECKPOINT_BLOCK)
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ):
-    """The attention that the module's own config asks for, redone while it trains."""
+    """The attention that the module's own config asks for, recomputed while it trains."""
     kind = module._bwsk._attn_implementation
     eager = sys.modules[type(module).__module__].eager_attention_forward
     plain = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager)
-    redo = kind in _KINDS and module.training and torch.is_grad_enabled() and not kwargs.get("output_attentions")
-    if not redo:
+    recompute = kind in _KINDS and module.training and torch.is_grad_enabled() and not kwargs.get("output_attentions")
+    if not recompute:
         return plain(module, query, key, value, attention_mask, **kwargs)
-    return _redone(plain, (), module, query, key, value, attention_mask, **kwargs)
+    return _recomputed(plain, (), module, query, key, value, attention_mask, **kwargs)
 
 
-def _redone(function: Callable[..., Any], weights: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)`, redone in the backward; `weights`: what it reads beside its arguments.
+def _recomputed(function: Callable[..., Any], weights: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, recomputed in the backward; `weights`: what it reads beside its arguments.
 
-    PyTorch's checkpoint redoes whatever is there by then; here tensors that changed in between are an error, as they
-    are for stock autograd.
+    PyTorch's checkpoint recomputes from whatever is there by then. Here tensors that changed in between are an error,
+    as they are for stock autograd.
     """
     read = [*weights, *(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))]
     versions = [tensor._version for tensor in read]
@@ -89,7 +97,7 @@ def _holds_nothing(cache: Cache, layer: int) -> bool:
 
 
 def _block(self, *args, **kwargs):
-    """Forward of a block that is redone as a whole while it trains.
+    """Forward of a block that is recomputed as a whole while it trains.
 
     A generation cache is on by default in transformers, in training too, and the layout that it gives to the keys shows
     in the rounding. The first forward fills it as ever; the second gets an empty one of its own.
@@ -117,7 +125,7 @@ def _block(self, *args, **kwargs):
             kwargs = {key: empty if isinstance(value, Cache) else value for key, value in kwargs.items()}
         return stock(*args, **kwargs)
 
-    return _redone(run, tensors, *args, **kwargs)
+    return _recomputed(run, tensors, *args, **kwargs)
 
 
 def _causal_loss(
@@ -137,7 +145,7 @@ def _causal_loss(
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's repeated blocks by name, outermost ones only; raises `BwskError` where there are none to redo."""
+    """The model's repeated blocks by name, outermost ones only; raises `BwskError` where there are none."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(outer + ".") for outer in found)
@@ -146,8 +154,8 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     kind = getattr(model.config, "model_type", type(model).__name__)
     if not found:
         raise BwskError(
-            f"{kind}: its blocks are not transformers' GradientCheckpointingLayer, so there is no unit to redo safely; "
-            "not supported"
+            f"{kind}: its blocks are not transformers' GradientCheckpointingLayer, so there is no unit "
+            "to recompute safely; not supported"
         )
     for name, module in found.items():
         for inner in module.modules():
@@ -163,7 +171,8 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
                 )
             if "expert" in type(inner).__name__.lower():
                 raise BwskError(
-                    f"{kind}: {name} routes tokens to experts; a redone routing can differ in rounding; not supported"
+                    f"{kind}: {name} routes tokens to experts; a recomputed routing can be "
+                    "rounded differently; not supported"
                 )
     return found
 
@@ -187,9 +196,9 @@ def install_levels(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
     """Set up the levels of the named blocks; returns the modules touched."""
     touched: list[nn.Module] = []
     for name, block in blocks(model).items():
-        if levels.get(name) == "block":
+        if levels.get(name) == Level.CHECKPOINT_BLOCK:
             require_stock_forward(name, block)
-            put(block, _block, None)
+            patch_forward(block, _block, None)
             touched.append(block)
             continue
         for attention in attentions(block):
@@ -214,7 +223,7 @@ def install_levels(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
 def uninstall(modules: list[nn.Module]) -> None:
     """Take off what `install` set up."""
     for module in modules:
-        before = take_off(module)
+        before = unpatch(module)
         if before is not None:
             module.config = before
         if module.__dict__.get("_loss_function") is _causal_loss:
@@ -225,7 +234,7 @@ def uninstall(modules: list[nn.Module]) -> None:
 class _Measured:
     """One level's step on fake tensors, bytes and FLOPs per block in forward order."""
 
-    kept: list[int]
+    saved: list[int]
     work: list[int]
     gradients: list[int]
     forward: list[int]
@@ -239,7 +248,7 @@ class _Measured:
 
 
 def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, level: str, attention: str) -> _Measured:
-    """Run one step with every block at `level` ("stock", "core" or "block") and read off its blocks."""
+    """Run one step with every block at `level`, or "stock", and read off its blocks."""
     with faked(config, attention) as model:
         units = list(blocks(model).values())
         if level != "stock":
@@ -281,27 +290,27 @@ def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, le
             sum(p.numel() * p.element_size() for p in unit.parameters() if p.grad is not None) for unit in units
         ]
         whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.grad is not None)
-    course = [0]
+    timeline = [0]
     for _, size in tracker.log.events:
-        course.append(course[-1] + size)
-    at = {moment: course[index] for moment, index in totals.items()}
+        timeline.append(timeline[-1] + size)
+    at = {moment: timeline[index] for moment, index in totals.items()}
     last = len(units) - 1
     work = []
     for index in range(len(units)):
         begin = totals["back", index]
         end = totals["back", index - 1] if index else totals["end", 0]
-        work.append(max(0, max(course[begin : end + 1]) - course[begin]))
-    head_span = course[totals["loss", 0] : totals["back", last] + 1]
+        work.append(max(0, max(timeline[begin : end + 1]) - timeline[begin]))
+    head_span = timeline[totals["loss", 0] : totals["back", last] + 1]
     begin, end = totals["loss", 0], totals["back", last]
     return _Measured(
-        kept=[at["leave", i] - at["enter", i] for i in range(len(units))],
+        saved=[at["leave", i] - at["enter", i] for i in range(len(units))],
         work=work,
         gradients=gradients,
         forward=[flops["leave", i] - flops["enter", i] for i in range(len(units))],
         flops=tracker.flops,
         head_kept=at["loss", 0] - at["leave", last],
-        head_peak=max(head_span) - course[begin],
-        head_gradient=max(0, course[end] - at["leave", last]),
+        head_peak=max(head_span) - timeline[begin],
+        head_gradient=max(0, timeline[end] - at["leave", last]),
         head_forward=flops["loss", 0] - flops["leave", last],
         resting=weights,
         outer=whole - sum(gradients),
@@ -325,15 +334,15 @@ def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = 
     units = []
     for index, name in enumerate(names):
         choices = tuple(
-            Choice(one.kept[index], max(0, (one.flops - stock.flops) // len(names)), one.work[index], ((name, level),))
+            Choice(one.saved[index], max(0, (one.flops - stock.flops) // len(names)), one.work[index], ((name, level),))
             for level, one in found.items()
         )
         units.append(Unit(name, choices, stock.gradients[index], stock.forward[index]))
-    core = found["core"]
+    core = found[Level.CHECKPOINT_ATTENTION]
     head = Head("exact", core.head_kept, core.head_peak, core.head_gradient, core.head_forward)
     base = 3 * core.resting + max(0, core.outer - core.head_gradient) // 2
-    found_plan = Plan(asked, units, [0] * len(units), head, base, "bit-identical (stock graph, regions redone)")
-    return met(solve(found_plan, asked.cap, asked.flops), 4 * core.resting)
+    found_plan = Plan(asked, units, [0] * len(units), head, base, "bit-identical (stock graph, regions recomputed)")
+    return require_within_budget(solve(found_plan, asked.cap, asked.flops), 4 * core.resting)
 
 
 def _named(model: nn.Module) -> Any:

@@ -3,8 +3,8 @@
 Stock cross-entropy holds logits, log-probabilities, the gradient of the loss and the gradient of the softmax, each
 (tokens, vocabulary): 125.5 MiB apiece for T5-small at 4 x 256 tokens.
 
-`cross_entropy` keeps the logits alone. The log-probabilities are an S-phase of them, redone in blocks of rows, and the
-gradient is written over the logits block by block; the two matrix products stay whole. Same bits as the stock loss.
+`cross_entropy` keeps the logits alone. The log-probabilities are an S-phase of them, recomputed in blocks of rows, and
+the gradient is written over the logits block by block; the two matrix products stay whole. Same bits as the stock loss.
 If anyone else still holds the logits when the backward runs, the gradient gets memory of its own instead.
 
 `chunked_cross_entropy` never makes the full logits: it goes through the rows once, in the forward, and keeps the
@@ -36,7 +36,7 @@ def _holders(x: Tensor) -> int:
     return -1 if count is None else count(x.untyped_storage()._cdata)
 
 
-class _Probe(torch.autograd.Function):
+class _HolderCalibration(torch.autograd.Function):
     seen = -1
 
     @staticmethod
@@ -47,7 +47,7 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         (x,) = ctx.saved_tensors
-        _Probe.seen = _holders(x)
+        _HolderCalibration.seen = _holders(x)
         return g.expand(x.shape)
 
 
@@ -55,8 +55,8 @@ class _Probe(torch.autograd.Function):
 def _sole_holders() -> int:
     """What `_holders` says, inside a backward, of a saved tensor that nobody else holds: measured, not assumed."""
     with torch.enable_grad(), torch.device("cpu"):
-        _Probe.apply(torch.ones(2, 2, requires_grad=True) * 2.0).backward()
-    return _Probe.seen
+        _HolderCalibration.apply(torch.ones(2, 2, requires_grad=True) * 2.0).backward()
+    return _HolderCalibration.seen
 
 
 class CrossEntropyNode(torch.autograd.Function):
@@ -70,8 +70,8 @@ class CrossEntropyNode(torch.autograd.Function):
     def forward(
         ctx, whole: Tensor, labels: Tensor, ignore_index: int, scores_dtype: torch.dtype, wide: bool, width: int
     ):
-        kept = whole.detach()
-        logits = kept.view(-1, kept.shape[-1])
+        saved = whole.detach()
+        logits = saved.view(-1, saved.shape[-1])
         n = logits.shape[0]
         ctx.rows = block_rows(n, width)
         picked = torch.empty((n, 1), dtype=scores_dtype, device=logits.device)
@@ -84,7 +84,7 @@ class CrossEntropyNode(torch.autograd.Function):
             picked = picked.to(torch.float32)
         column = torch.where(labels == ignore_index, ignore_index, 0)
         loss, weight = torch.ops.aten.nll_loss_forward(picked, column, None, 1, ignore_index)
-        ctx.save_for_backward(kept, labels, weight)
+        ctx.save_for_backward(saved, labels, weight)
         ctx.ignore_index, ctx.dtype, ctx.wide = ignore_index, scores_dtype, wide
         ctx.overwritten = False
         return loss
@@ -93,10 +93,10 @@ class CrossEntropyNode(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         refuse_double_backward()
         refuse_second_backward(ctx, "hold outputs.logits until the last one, which are then left alone")
-        kept, labels, weight = ctx.saved_tensors
-        ctx.overwritten = isinstance(kept, FakeTensor) or 0 <= _holders(kept) <= _sole_holders()
-        result = kept if ctx.overwritten else torch.empty_like(kept)
-        logits, out = kept.view(-1, kept.shape[-1]), result.view(-1, kept.shape[-1])
+        saved, labels, weight = ctx.saved_tensors
+        ctx.overwritten = isinstance(saved, FakeTensor) or 0 <= _holders(saved) <= _sole_holders()
+        result = saved if ctx.overwritten else torch.empty_like(saved)
+        logits, out = saved.view(-1, saved.shape[-1]), result.view(-1, saved.shape[-1])
         n = logits.shape[0]
         for rows in _blocks(n, ctx.rows):
             scores = torch.log_softmax(logits[rows].to(ctx.dtype), -1)

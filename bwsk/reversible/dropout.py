@@ -1,7 +1,7 @@
 """Dropout whose residue is one bit per element.
 
 Dropout is K-type: it erases the elements it drops, and which ones it drops is not a function of its input. All that is
-lost is the mask m, so one bit per element is the whole residue; from it y = x·m/(1-p) is redone bit for bit.
+lost is the mask m, so one bit per element is the whole residue; from it y = x·m/(1-p) is recomputed bit for bit.
 
 The two devices draw and scale differently, and both are followed exactly (PyTorch, aten/src/ATen/native/Dropout.cpp
 and cuda/Dropout.cu): CUDA keeps a boolean mask and multiplies x·m·s, where s is 1/(1-p) rounded in the accumulation
@@ -58,7 +58,7 @@ def _forward_scale(x: Tensor, p: float) -> float:
     return float(np.float32(1.0) / np.float32(1.0 - p))
 
 
-def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+def dropout_forward(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
     """Dropout of x as `F.dropout(x, p, training=True)` does it, and its residue (None where p is 0)."""
     if p == 0.0 or x.numel() == 0:
         return x, None
@@ -72,8 +72,8 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
     return x * noise, pack_bits(noise != 0)
 
 
-def redrop(x: Tensor, bits: Tensor | None, p: float) -> Tensor:
-    """Dropout of x again, with the mask kept in `bits`: the same bits as the first time."""
+def dropout_replay(x: Tensor, bits: Tensor | None, p: float) -> Tensor:
+    """Dropout of x again, with the mask saved in `bits`: the same bits as the first time."""
     if bits is None:
         return x
     mask = unpack_bits(bits, x.shape)
@@ -84,7 +84,7 @@ def redrop(x: Tensor, bits: Tensor | None, p: float) -> Tensor:
     return x * mask.to(x.dtype).div_(1.0 - p)
 
 
-def drop_backward(g: Tensor, bits: Tensor | None, p: float, own: bool = False) -> Tensor:
+def dropout_backward(g: Tensor, bits: Tensor | None, p: float, own: bool = False) -> Tensor:
     """Gradient of dropout's input, from the gradient g of its output; `own` says that g may be overwritten."""
     if bits is None:
         return g
@@ -101,7 +101,7 @@ def drop_backward(g: Tensor, bits: Tensor | None, p: float, own: bool = False) -
 
 
 def rescale_(g: Tensor, p: float) -> Tensor:
-    """Dropout's gradient in place as if nothing had been dropped, with the rounding of `drop_backward`."""
+    """Dropout's gradient in place as if nothing had been dropped, with the rounding of `dropout_backward`."""
     if p == 0.0 or g.numel() == 0:
         return g
     if p >= 1.0:
@@ -123,18 +123,20 @@ def restored_random_state(state: Tensor | None, device: torch.device):
         yield
         return
     current = random_state(device)
-    put = (lambda value: torch.cuda.set_rng_state(value, device)) if device.type == "cuda" else torch.set_rng_state
-    put(state)
+    set_state = (
+        (lambda value: torch.cuda.set_rng_state(value, device)) if device.type == "cuda" else torch.set_rng_state
+    )
+    set_state(state)
     try:
         yield
     finally:
-        put(current)
+        set_state(current)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
-        y, bits = drop(x, p)
+        y, bits = dropout_forward(x, p)
         ctx.p = p
         ctx.save_for_backward(bits)
         return y
@@ -145,7 +147,7 @@ class _Dropout(torch.autograd.Function):
 
         refuse_double_backward()
         (bits,) = ctx.saved_tensors
-        return drop_backward(g, bits, ctx.p), None
+        return dropout_backward(g, bits, ctx.p), None
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

@@ -19,7 +19,7 @@ def refuse_double_backward() -> None:
 
 
 def refuse_second_backward(ctx: Any, way_out: str) -> None:
-    """Raise `BwskError` when an earlier backward of this node has overwritten what it kept.
+    """Raise `BwskError` when an earlier backward of this node has overwritten what it saved.
 
     PyTorch sees that by itself only where no hooks pack the saved tensors (`save_on_cpu`).
     """

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from bwsk.architecture import load_config
 from bwsk.budget import NAMED
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import require_shape
@@ -22,7 +23,7 @@ DEFAULT_SHAPE = (4, 256, 256)
 
 @dataclass(repr=False)
 class Reversible:
-    """A model whose training steps follow `plan`; `undo()` gives the stock model back."""
+    """A model whose training steps follow `plan`; `undo()` or the end of a `with` block gives the stock model back."""
 
     model: nn.Module
     plan: Plan
@@ -31,6 +32,12 @@ class Reversible:
 
     def __repr__(self) -> str:
         return f"<Reversible {type(self.model).__name__}, {self.plan!r}>"
+
+    def __enter__(self) -> Reversible:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
 
     def undo(self) -> nn.Module:
         """Restore the stock forward of every module; returns the model. Calling it again does nothing."""
@@ -66,8 +73,8 @@ def make_reversible(
     _check_model(model)
     shape = _shape(budget, batch, input_length, target_length)
     engine = engine_for(model)
-    plan = engine.plan(model, budget, shape, precision)
-    return Reversible(model, plan, engine.install(model, plan), engine.uninstall)
+    chosen = engine.plan(model, budget, shape, precision)
+    return Reversible(model, chosen, engine.install(model, chosen), engine.uninstall)
 
 
 def engine_for(model: Any) -> ModuleType:
@@ -107,16 +114,34 @@ def _shape(budget: Any, batch: int | None, input_length: int | None, target_leng
     return batch, input_length, target_length or input_length
 
 
-def plan_of(config: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
-    """The plan for a config of any supported architecture: `shape` is (batch, input tokens, target tokens)."""
+def plan(
+    model: Any,
+    budget: str | float = "fast",
+    *,
+    batch: int = 4,
+    input_length: int = 256,
+    target_length: int | None = None,
+    precision: str = "fp32",
+) -> Plan:
+    """What `make_reversible` would do, without a model in memory.
+
+    `model`: a model, a config, a Hub id, a directory or a `config.json`; the other arguments are those of
+    `make_reversible`. Raises `BwskError` for a model or a budget that it would refuse.
+    """
+    model = model if isinstance(model, nn.Module) else load_config(model)
+    return plan_of(model, budget, (batch, input_length, target_length or input_length), precision)
+
+
+def plan_of(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
+    """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
     require_shape(*shape)
-    return engine_for(config).plan(config, budget, shape, precision)
+    return engine_for(model).plan(model, budget, shape, precision)
 
 
 def curve_of(config: Any, shape: tuple[int, int, int], precision: str = "fp32", points: int = 12) -> list[Plan]:
-    """Plans along the trade-off between memory and FLOPs, from the least redone to the lowest peak."""
+    """Plans along the trade-off between memory and FLOPs, from the least recomputed to the lowest peak."""
     first = plan_of(config, NAMED["fast"].name, shape, precision)
-    first.picks = [0] * len(first.units)
+    first.choice_indices = [0] * len(first.units)
     lowest = solve(_copy(first), None, None)
     found = [first]
     for i in range(1, points):
@@ -126,4 +151,4 @@ def curve_of(config: Any, shape: tuple[int, int, int], precision: str = "fp32", 
 
 
 def _copy(plan: Plan) -> Plan:
-    return Plan(plan.budget, plan.units, list(plan.picks), plan.head, plan.base, plan.guarantee, plan.context)
+    return Plan(plan.budget, plan.units, list(plan.choice_indices), plan.head, plan.base, plan.guarantee, plan.context)

@@ -1,4 +1,4 @@
-"""Forwards set on single modules: put on, told apart from other people's, taken off again.
+"""Patch `forward` on individual modules: install, recognise and remove our own patches.
 
 A module keeps its class; `forward` is set on the instance, where PyTorch looks first. Whoever wraps that forward later
 still calls it after undo, and gets the stock forward from it.
@@ -16,14 +16,14 @@ from torch import nn
 from bwsk.errors import BwskError
 
 
-class Installed:
+class PatchedForward:
     """The forward of one module while it is reversible. An object, so that models can be copied and pickled."""
 
     def __init__(self, method: Callable[..., Any], module: nn.Module) -> None:
         self.method, self.module = method, module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.method if is_ours(self.module) else type(self.module).forward
+        run = self.method if is_patched(self.module) else type(self.module).forward
         return run(self.module, *args, **kwargs)
 
     @property
@@ -36,7 +36,7 @@ def stock_forward(module: nn.Module) -> Callable[..., Any]:
     return type(module).forward.__get__(module)
 
 
-def is_ours(module: nn.Module) -> bool:
+def is_patched(module: nn.Module) -> bool:
     """Whether `make_reversible` has set something up on this module."""
     return "_bwsk" in module.__dict__
 
@@ -50,15 +50,15 @@ def require_stock_forward(name: str, module: nn.Module) -> None:
         )
 
 
-def put(module: nn.Module, method: Callable[..., Any], state: Any) -> None:
+def patch_forward(module: nn.Module, method: Callable[..., Any], state: Any) -> None:
     """Set `method` as the module's forward; it finds `state` as `_bwsk`."""
     module._bwsk = state
-    module.forward = Installed(method, module)
+    module.forward = PatchedForward(method, module)
 
 
-def take_off(module: nn.Module) -> Any:
-    """Undo `put` and return its state; a forward that others have set since then stays."""
-    if isinstance(module.__dict__.get("forward"), Installed):
+def unpatch(module: nn.Module) -> Any:
+    """Undo `patch_forward` and return its state; a forward that others have set since then stays."""
+    if isinstance(module.__dict__.get("forward"), PatchedForward):
         del module.forward
     return module.__dict__.pop("_bwsk", None)
 

@@ -1,6 +1,6 @@
-"""What a training step keeps for its backward and what it redoes, and how much memory that takes over time.
+"""What a training step keeps for its backward and what it recomputes, and how much memory that takes over time.
 
-A backward frees activations and fills gradients. With u = 1 … n units (blocks) in forward order, kept bytes K_u,
+A backward frees activations and fills gradients. With u = 1 … n units (blocks) in forward order, saved bytes K_u,
 gradient bytes G_u and working memory T_u, and B the memory that is always there (weights, optimizer states, …), the
 peak of a step is the largest of
 
@@ -8,7 +8,7 @@ peak of a step is the largest of
     unit i:      B + Σ_{u ≤ i} K_u + Σ_{u > i} G_u + (head's gradient) + T_i
     end:         B + Σ G_u + (head's gradient)
 
-so the memory for what is kept shrinks as the backward goes on: activations of the first units count until the end,
+so the memory for what is saved shrinks as the backward goes on: activations of the first units count until the end,
 those of the last ones only at its start. A budget is solved under that time-varying cap: as long as the largest of
 these exceeds it, the choice that frees most bytes per FLOP among the units alive at that moment is taken.
 """
@@ -17,17 +17,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from bwsk.budget import MIB, Budget
 from bwsk.errors import BwskError
 
 
+class Level(StrEnum):
+    """How one module runs in a training step, from most saved to least."""
+
+    SAVE_CONTEXT = "save_context"  # T5: q, k, v and the context P·v; of a feed-forward, its hidden activations
+    SAVE_QKV = "save_qkv"  # T5: q, k, v alone
+    SAVE_INPUT = "save_input"  # T5: the sublayer's input and the dropout masks
+    CHECKPOINT_ATTENTION = "checkpoint_attention"  # others: scores, softmax and dropout are recomputed from q, k, v
+    CHECKPOINT_BLOCK = "checkpoint_block"  # the whole block is recomputed from its input
+
+
 @dataclass(frozen=True)
 class Choice:
-    """One way to run a unit: kept bytes, FLOPs redone, working memory of its backward, and the levels that do it."""
+    """One way to run a unit: saved bytes, recomputed FLOPs, working memory of its backward, and the levels for it."""
 
-    kept: int
+    saved: int
     flops: int
     work: int
     levels: tuple[tuple[str, str], ...]  # (module, level)
@@ -35,7 +46,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Unit:
-    """A block: its choices from most to least kept, the bytes of its gradients, the FLOPs of its forward."""
+    """A block: its choices from most to least saved, the bytes of its gradients, the FLOPs of its forward."""
 
     name: str
     choices: tuple[Choice, ...]
@@ -45,10 +56,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Head:
-    """The loss head: bytes at the backward's start, of which its weight's gradient stays; kept during the forward."""
+    """The loss head: bytes at the backward's start, of which its weight's gradient stays; saved during the forward."""
 
     kind: str
-    kept: int
+    saved: int
     peak: int
     gradient: int
     forward: int
@@ -56,11 +67,11 @@ class Head:
 
 @dataclass(repr=False)
 class Plan:
-    """Levels per module and the predicted course of memory; all sizes in bytes."""
+    """Levels per module and the predicted memory over time; all sizes in bytes."""
 
     budget: Budget
     units: Sequence[Unit]
-    picks: list[int]
+    choice_indices: list[int]
     head: Head
     base: int
     guarantee: str = "bit-identical"
@@ -73,7 +84,7 @@ class Plan:
     @property
     def choices(self) -> list[Choice]:
         """The choice made for each unit, in forward order."""
-        return [unit.choices[pick] for unit, pick in zip(self.units, self.picks, strict=True)]
+        return [unit.choices[pick] for unit, pick in zip(self.units, self.choice_indices, strict=True)]
 
     @property
     def levels(self) -> dict[str, str]:
@@ -81,13 +92,13 @@ class Plan:
         return {module: level for choice in self.choices for module, level in choice.levels}
 
     @property
-    def kept(self) -> int:
-        """Bytes kept from forward to backward, the loss head's included."""
-        return sum(choice.kept for choice in self.choices) + self.head.kept
+    def saved(self) -> int:
+        """Bytes saved from forward to backward, the loss head's included."""
+        return sum(choice.saved for choice in self.choices) + self.head.saved
 
     @property
     def step_flops(self) -> int:
-        """FLOPs of a step that redoes nothing: forward and twice that for the backward."""
+        """FLOPs of a step that recomputes nothing: forward and twice that for the backward."""
         return 3 * (sum(unit.forward for unit in self.units) + self.head.forward)
 
     @property
@@ -96,31 +107,36 @@ class Plan:
 
     @property
     def overhead(self) -> float:
-        """FLOPs redone as a fraction of the step's."""
+        """FLOPs recomputed as a fraction of the step's."""
         return self.extra_flops / self.step_flops if self.step_flops else 0.0
 
-    def course(self) -> list[tuple[str, int]]:
+    def memory_timeline(self) -> list[tuple[str, int]]:
         """Memory at each moment of the backward that can be the peak: (moment, bytes)."""
-        moments, kept = [], sum(choice.kept for choice in self.choices)
+        moments, saved = [], sum(choice.saved for choice in self.choices)
         gradients = self.head.gradient
-        moments.append(("loss head", self.base + kept + self.head.kept + self.head.peak))
+        moments.append(("loss head", self.base + saved + self.head.saved + self.head.peak))
         for unit, choice in zip(reversed(self.units), reversed(self.choices), strict=True):
-            moments.append((unit.name, self.base + kept + gradients + choice.work))
-            kept -= choice.kept
+            moments.append((unit.name, self.base + saved + gradients + choice.work))
+            saved -= choice.saved
             gradients += unit.gradients
         moments.append(("end", self.base + gradients))
         return moments
 
     @property
     def peak(self) -> int:
-        """The largest of `course`, bytes."""
-        return max(size for _, size in self.course())
+        """The largest of `memory_timeline`, bytes."""
+        return max(size for _, size in self.memory_timeline())
+
+    @property
+    def peak_mib(self) -> float:
+        """The predicted peak of a step, MiB."""
+        return round(self.peak / MIB, 2)
 
     def point(self) -> dict[str, float]:
         """This plan as a point of the trade-off curve."""
         return {
-            "peak_mib": round(self.peak / MIB, 2),
-            "kept_mib": round(self.kept / MIB, 2),
+            "peak_mib": self.peak_mib,
+            "saved_mib": round(self.saved / MIB, 2),
             "extra_flops": self.extra_flops,
             "overhead": round(self.overhead, 5),
         }
@@ -144,20 +160,20 @@ def solve(plan: Plan, cap: int | None, flops: float | None) -> Plan:
     Greedy on bytes per FLOP under the time-varying cap; with neither limit it goes as low as it can.
     """
     limit = None if flops is None else flops * plan.step_flops
-    seen = {tuple(plan.picks)}  # moves that leave the peak as it is could go round for ever
+    seen = {tuple(plan.choice_indices)}  # moves that leave the peak as it is could go round for ever
     while cap is None or plan.peak > cap:
-        course = plan.course()
-        worst = max(range(len(course)), key=lambda i: course[i][1])
+        timeline = plan.memory_timeline()
+        worst = max(range(len(timeline)), key=lambda i: timeline[i][1])
         alive = len(plan.units) if worst == 0 else len(plan.units) - (worst - 1)
         move = _best_move(plan, alive, working=worst - 1 if worst else None, limit=limit)
         if move is None:
             break
         before, (unit, pick) = plan.peak, move
-        old, plan.picks[unit] = plan.picks[unit], pick
-        if plan.peak > before or tuple(plan.picks) in seen:
-            plan.picks[unit] = old
+        old, plan.choice_indices[unit] = plan.choice_indices[unit], pick
+        if plan.peak > before or tuple(plan.choice_indices) in seen:
+            plan.choice_indices[unit] = old
             break
-        seen.add(tuple(plan.picks))
+        seen.add(tuple(plan.choice_indices))
     return plan
 
 
@@ -169,9 +185,9 @@ def _best_move(plan: Plan, alive: int, working: int | None, limit: float | None)
     spent, best, score = plan.extra_flops, None, 0.0
     running = None if working is None else len(plan.units) - 1 - working
     for u in range(min(alive, len(plan.units))):
-        now = plan.units[u].choices[plan.picks[u]]
+        now = plan.units[u].choices[plan.choice_indices[u]]
         for pick, choice in enumerate(plan.units[u].choices):
-            freed, cost = now.kept - choice.kept, choice.flops - now.flops
+            freed, cost = now.saved - choice.saved, choice.flops - now.flops
             if u == running:
                 freed += now.work - choice.work
             if freed <= 0 or (limit is not None and spent + cost > limit):
@@ -186,7 +202,7 @@ class BudgetTooSmall(BwskError):
     """No plan stays within the budget's cap."""
 
 
-def met(plan: Plan, states: int) -> Plan:
+def require_within_budget(plan: Plan, states: int) -> Plan:
     """The plan, if it meets its budget's cap; `states`: bytes of weights, gradients and optimizer states.
 
     Raises `BudgetTooSmall` otherwise.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from bwsk.classification.operators import Subject
+from bwsk.classification.operators import OpInfo
 from bwsk.classification.rules.sets import rule_set
 
 
@@ -16,13 +16,13 @@ class PlanRow:
     module: str
     operation: str
     verdict: str
-    action: str  # "kept", "redone", "residue" or "passes through"
-    kept: int
+    action: str  # "saved", "recomputed", "residue" or "passes through"
+    saved: int
     flops: int
 
 
 @cache
 def verdict(kind: str, **facts: object) -> str:
     """The S/K verdict and residue of the strict rules for one kind of operation, such as "K: one bit per element"."""
-    rule = rule_set("strict").decide(Subject(kind, facts))
+    rule = rule_set("strict").decide(OpInfo(kind, facts))
     return "GRAY" if rule is None else f"{rule.verdict.value}: {rule.residue.value}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from bwsk.reversible.plan import Plan
+from bwsk.reversible.plan import Level, Plan
 from bwsk.reversible.plan_row import PlanRow, verdict
 from bwsk.reversible.t5 import report as t5
 
@@ -24,14 +24,14 @@ def _checkpointed_rows(plan: Plan) -> list[PlanRow]:
     found = []
     for choice in plan.choices:
         ((name, level),) = choice.levels
-        if level == "block":
-            found.append(PlanRow(name, "whole block", "S and K", "redone", choice.kept, choice.flops))
+        if level == Level.CHECKPOINT_BLOCK:
+            found.append(PlanRow(name, "whole block", "S and K", "recomputed", choice.saved, choice.flops))
             continue
         found += [
-            PlanRow(name, "q kᵀ + mask", verdict("product"), "redone", 0, choice.flops // 2),
-            PlanRow(name, "softmax", verdict("softmax"), "redone", 0, 0),
-            PlanRow(name, "dropout", verdict("dropout", training=True, p=0.1), "redone", 0, 0),
-            PlanRow(name, "P v", verdict("product"), "redone", 0, choice.flops - choice.flops // 2),
-            PlanRow(name, "everything else", "S and K", "kept", choice.kept, 0),
+            PlanRow(name, "q kᵀ + mask", verdict("product"), "recomputed", 0, choice.flops // 2),
+            PlanRow(name, "softmax", verdict("softmax"), "recomputed", 0, 0),
+            PlanRow(name, "dropout", verdict("dropout", training=True, p=0.1), "recomputed", 0, 0),
+            PlanRow(name, "P v", verdict("product"), "recomputed", 0, choice.flops - choice.flops // 2),
+            PlanRow(name, "everything else", "S and K", "saved", choice.saved, 0),
         ]
     return found

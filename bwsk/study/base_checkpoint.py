@@ -41,7 +41,9 @@ ARCHITECTURE = (
 )
 
 
-def make_base(params: Params, tokenizer: Path, tokens: Path, out: Path, device: str = "cpu") -> dict[str, Any]:
+def make_base_checkpoint(
+    params: Params, tokenizer: Path, tokens: Path, out: Path, device: str = "cpu"
+) -> dict[str, Any]:
     """Store the base model as a Hugging Face checkpoint in `out`, described in `out/base.json`, which is returned.
 
     `tokenizer` and `tokens` are what those steps stored; tokens are read only to pretrain, which runs on `device`.

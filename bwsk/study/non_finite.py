@@ -22,7 +22,7 @@ SKIPPED_LIMIT = 30
 FORWARD_SHARE = 0.02
 
 
-def hopeless(forward: bool, in_a_row: int, forward_in_all: int, planned: int, scaled: bool) -> bool:
+def should_abort(forward: bool, in_a_row: int, forward_in_all: int, planned: int, scaled: bool) -> bool:
     """Whether a run must stop after a step that was not finite.
 
     `forward`: its loss was not. `in_a_row`: such steps without a good one between; `forward_in_all`: of the run;

@@ -172,5 +172,5 @@ def _nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _exp(nll: float) -> float:
-    """exp, capped where a hopeless model's perplexity would overflow: JSON has no infinity."""
+    """exp, capped where a should_abort model's perplexity would overflow: JSON has no infinity."""
     return math.exp(min(float(nll), 700.0))

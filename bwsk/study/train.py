@@ -32,7 +32,7 @@ from bwsk.study.checkpoint import Checkpoints, optimizer_state, random_states, r
 from bwsk.study.cpu_tuning import give_back_freed_memory, keep_freed_memory
 from bwsk.study.device import autocast, check_precision, configure, device_name
 from bwsk.study.model import initial_model, load_weights, save_variant, split_block, weights
-from bwsk.study.non_finite import first_not_finite, hopeless
+from bwsk.study.non_finite import first_not_finite, should_abort
 from bwsk.study.params import SPLITS, Params
 from bwsk.study.perplexity import evaluation_starts, published_perplexity
 from bwsk.study.progress import Bar, progress
@@ -41,8 +41,8 @@ from bwsk.study.repository import SETTINGS, WEIGHTS
 from bwsk.study.schedule import Schedule
 from bwsk.study.signals import Interrupted, StopSignal
 from bwsk.study.tokens import blocks, load_tokens
-from bwsk.study.train_inputs import Inputs
-from bwsk.study.train_state import State
+from bwsk.study.train_inputs import TrainInputs
+from bwsk.study.train_state import TrainState
 from bwsk.study.train_step import check_backend, make_optimizer, make_step
 
 
@@ -57,7 +57,7 @@ class Run:
         self,
         params: Params,
         variant: str,
-        inputs: Inputs,
+        inputs: TrainInputs,
         checkpoints: Path,
         device: torch.device,
         say: Callable[[str], None],
@@ -98,7 +98,7 @@ class Run:
 
             self.meter = ErasureMeter(self.model)
 
-        self.state = State()
+        self.state = TrainState()
         self.best: dict[str, Tensor] | None = None
         # Device scalars of the steps since the last point of the loss curve; fetched together in `_collect`.
         self.losses: list[Tensor] = []
@@ -268,7 +268,7 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
             restore_random_states(tensors["random"], self.device)
             self.best = tensors.get("best")
-            self.state = State(**state["run"])
+            self.state = TrainState(**state["run"])
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise BwskError(f"{self.saved}: is not a checkpoint of this model ({reason}); delete it") from None
@@ -279,7 +279,7 @@ class Run:
         state, scaled = self.state, self.scaler.is_enabled()
         for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=state.step - len(losses) + 1):
             what, in_a_row = state.count_not_finite(loss, norm, scaled)
-            if what and hopeless(what == "loss", in_a_row, state.nan_count, self.schedule.total_steps, scaled):
+            if what and should_abort(what == "loss", in_a_row, state.nan_count, self.schedule.total_steps, scaled):
                 raise self._not_finite(step, what)
 
     def _not_finite(self, step: int, what: str) -> BwskError:

@@ -13,7 +13,7 @@ from bwsk.study.params import SPLITS
 
 
 @dataclass(frozen=True)
-class Inputs:
+class TrainInputs:
     """What a training run reads: the folders of tokens, tokenizer and base checkpoint, and what was said beforehand.
 
     `census` and `memory` are the JSON files of `bwsk classify` and of `bwsk memory`; they are reported, not trained on.

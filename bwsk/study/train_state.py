@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass
-class State:
+class TrainState:
     """Counters and curves of a run, as strict JSON; with the tensors of a checkpoint it is all there is to a run."""
 
     step: int = 0

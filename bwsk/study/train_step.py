@@ -66,17 +66,17 @@ def make_step(
     scaler: torch.amp.GradScaler,
     precision: Precision,
     max_grad_norm: float,
-) -> Step:
+) -> TrainStep:
     """The step of a model in training mode on its device; BwskError if the device cannot run the backend."""
     check_backend(backend, next(model.parameters()).device)
     if backend != "compile":  # a compiler folds constants itself
         keep_position_buckets(model)
         keep_causal_mask(model)
-    kind = {"eager": Step, "graph": GraphStep, "compile": CompiledStep}[backend]
+    kind = {"eager": TrainStep, "graph": GraphStep, "compile": CompiledStep}[backend]
     return kind(model, optimizer, scaler, precision, max_grad_norm)
 
 
-class Step:
+class TrainStep:
     """Operator by operator. `step(batch, lr)` changes the weights and returns (loss, gradient norm before clipping)."""
 
     def __init__(
@@ -117,7 +117,7 @@ class Step:
         return loss.detach(), norm.detach()
 
 
-class CompiledStep(Step):
+class CompiledStep(TrainStep):
     """Forward and backward by torch.compile, once per batch shape; clipping and AdamW are fused kernels already."""
 
     def __init__(self, *args: object) -> None:
@@ -133,7 +133,7 @@ class _Recorded:
     norm: Tensor
 
 
-class GraphStep(Step):
+class GraphStep(TrainStep):
     """Replays of a recorded step. A batch of other names or shapes (an epoch's last one) has a graph of its own, in the
     same memory pool."""
 

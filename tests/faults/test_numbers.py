@@ -21,7 +21,7 @@ from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
 from bwsk.study.model import ATTENTION, load_model
 from bwsk.study.params import Params
 from bwsk.study.train import Run
-from bwsk.study.train_inputs import Inputs
+from bwsk.study.train_inputs import TrainInputs
 from tests.faults.conftest import Cases
 from tests.faults.harness import Server
 from tests.tiny import write_params
@@ -40,7 +40,7 @@ def new_run(cases: Cases, tmp_path: Path, variant: str = "finetune-conventional"
         tmp_path / "params", **{"precision": "float16", "max_steps": 40, "patience": 100, **train}
     )
     build = cases.study / "build"
-    inputs = Inputs(build / "tokens", build / "tokenizer", build / "base", build / "analysis" / "census.json")
+    inputs = TrainInputs(build / "tokens", build / "tokenizer", build / "base", build / "analysis" / "census.json")
     return Run(params, variant, inputs, tmp_path / "checkpoints", CPU, say=lambda text: None)
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file
-from bwsk.study.base_checkpoint import load_checkpoint, make_base
+from bwsk.study.base_checkpoint import load_checkpoint, make_base_checkpoint
 from bwsk.study.params import Params, load_params
 from bwsk.study.pretrain import corrupt, corruption
 from bwsk.study.tokenizer import load_tokenizer, make_tokenizer
@@ -41,7 +41,7 @@ def study(base: dict[str, object], **sections: object) -> Params:
 @pytest.fixture(scope="module")
 def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("base")
-    make_base(study(PRETRAIN), data / "tokenizer", data / "tokens", out)
+    make_base_checkpoint(study(PRETRAIN), data / "tokenizer", data / "tokens", out)
     return out
 
 
@@ -131,9 +131,9 @@ def test_pretraining_learns_and_stores_a_checkpoint(pretrained: Path, data: Path
 def test_pretraining_gives_the_same_bytes_in_another_process(pretrained: Path, data: Path, tmp_path: Path) -> None:
     script = (
         "import json, sys; from pathlib import Path\n"
-        "from bwsk.study.base_checkpoint import make_base; from bwsk.study.params import Params\n"
+        "from bwsk.study.base_checkpoint import make_base_checkpoint; from bwsk.study.params import Params\n"
         "data, out = Path(sys.argv[1]), Path(sys.argv[2])\n"
-        "make_base(Params.model_validate(json.load(sys.stdin)), data / 'tokenizer', data / 'tokens', out)\n"
+        "make_base_checkpoint(Params.model_validate(json.load(sys.stdin)), data / 'tokenizer', data / 'tokens', out)\n"
     )
     command = [sys.executable, "-c", script, str(data), str(tmp_path)]
     subprocess.run(command, input=json.dumps(study(PRETRAIN).model_dump()), text=True, check=True)
@@ -142,7 +142,7 @@ def test_pretraining_gives_the_same_bytes_in_another_process(pretrained: Path, d
 
 
 def test_the_seed_decides_the_weights(pretrained: Path, data: Path, tmp_path: Path) -> None:
-    make_base(study(PRETRAIN, seed=1), data / "tokenizer", data / "tokens", tmp_path)
+    make_base_checkpoint(study(PRETRAIN, seed=1), data / "tokenizer", data / "tokens", tmp_path)
     assert sha256_file(tmp_path / "model.safetensors") != sha256_file(pretrained / "model.safetensors")
 
 
@@ -161,7 +161,7 @@ def test_the_seed_decides_the_weights(pretrained: Path, data: Path, tmp_path: Pa
 )
 def test_impossible_pretraining(changes: dict[str, object], message: str, data: Path, tmp_path: Path) -> None:
     with pytest.raises(BwskError) as caught:
-        make_base(study({**PRETRAIN, **changes}), data / "tokenizer", data / "tokens", tmp_path / "out")
+        make_base_checkpoint(study({**PRETRAIN, **changes}), data / "tokenizer", data / "tokens", tmp_path / "out")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -173,7 +173,7 @@ def test_tokens_of_another_tokenizer(data: Path, tmp_path: Path) -> None:
     )
     make_tokenizer(smaller, data / "corpus", tmp_path / "tokenizer")
     with pytest.raises(BwskError, match="made with another tokenizer than"):
-        make_base(study(PRETRAIN), tmp_path / "tokenizer", data / "tokens", tmp_path / "out")
+        make_base_checkpoint(study(PRETRAIN), tmp_path / "tokenizer", data / "tokens", tmp_path / "out")
 
 
 # --- local checkpoints ---
@@ -184,7 +184,7 @@ def directory(path: Path) -> Params:
 
 
 def test_a_local_checkpoint_keeps_its_weights(pretrained: Path, data: Path, tmp_path: Path) -> None:
-    info = make_base(directory(pretrained), data / "tokenizer", data / "tokens", tmp_path / "out")
+    info = make_base_checkpoint(directory(pretrained), data / "tokenizer", data / "tokens", tmp_path / "out")
     assert info["pretraining"] is None
     assert info["sha256"] == sha256_file(pretrained / "model.safetensors")
     assert info["config_sha256"] == sha256_file(pretrained / "config.json")
@@ -193,7 +193,7 @@ def test_a_local_checkpoint_keeps_its_weights(pretrained: Path, data: Path, tmp_
 def test_half_precision_is_stored_as_float32(pretrained: Path, data: Path, tmp_path: Path) -> None:
     model = T5ForConditionalGeneration.from_pretrained(pretrained, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
-    make_base(directory(tmp_path / "half"), data / "tokenizer", data / "tokens", tmp_path / "out")
+    make_base_checkpoint(directory(tmp_path / "half"), data / "tokenizer", data / "tokens", tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     assert read_json(tmp_path / "out" / "config.json")["dtype"] == "float32"
@@ -203,7 +203,7 @@ def test_half_precision_is_stored_as_float32(pretrained: Path, data: Path, tmp_p
 def test_the_attention_of_the_source_is_not_passed_on(pretrained: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(pretrained, tmp_path / "eager")
     change_config(_attn_implementation="eager", attn_implementation="eager")(tmp_path / "eager")
-    make_base(directory(tmp_path / "eager"), data / "tokenizer", data / "tokens", tmp_path / "out")
+    make_base_checkpoint(directory(tmp_path / "eager"), data / "tokenizer", data / "tokens", tmp_path / "out")
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     expected = T5ForConditionalGeneration(T5Config(**TINY))
     assert loaded.encoder.config._attn_implementation == expected.encoder.config._attn_implementation
@@ -214,7 +214,7 @@ def test_the_hubs_oldest_t5_has_a_weight_that_nothing_reads(pretrained: Path, da
     shutil.copytree(pretrained, tmp_path / "old")
     extra = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
     change_weights(lambda weights: weights.update({extra: torch.zeros(32, 2)}))(tmp_path / "old")
-    make_base(directory(tmp_path / "old"), data / "tokenizer", data / "tokens", tmp_path / "out")
+    make_base_checkpoint(directory(tmp_path / "old"), data / "tokenizer", data / "tokens", tmp_path / "out")
     assert extra not in load_file(tmp_path / "out" / "model.safetensors")
 
 
@@ -304,7 +304,7 @@ def test_a_bad_checkpoint_is_one_line_and_changes_nothing(
     change, message = BAD[name]
     change(source)
     with pytest.raises(BwskError) as caught:
-        make_base(directory(source), data / "tokenizer", data / "tokens", out)
+        make_base_checkpoint(directory(source), data / "tokenizer", data / "tokens", out)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -312,7 +312,7 @@ def test_a_bad_checkpoint_is_one_line_and_changes_nothing(
 
 def test_a_path_that_is_no_directory(data: Path, tmp_path: Path) -> None:
     with pytest.raises(BwskError, match=r"base.path: .*absent: is not a directory; name a folder with"):
-        make_base(directory(tmp_path / "absent"), data / "tokenizer", data / "tokens", tmp_path / "out")
+        make_base_checkpoint(directory(tmp_path / "absent"), data / "tokenizer", data / "tokens", tmp_path / "out")
 
 
 def test_loading_is_in_eval_mode_and_float32(pretrained: Path) -> None:
@@ -336,13 +336,13 @@ def test_from_the_hub_without_code_and_pickles(pretrained: Path, data: Path, tmp
     script = """
 import json, sys
 from pathlib import Path
-from bwsk.study.base_checkpoint import make_base
+from bwsk.study.base_checkpoint import make_base_checkpoint
 from bwsk.errors import BwskError
 from bwsk.study.params import Params
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
 for values in json.load(sys.stdin):
     try:
-        print(make_base(Params.model_validate(values), data / "tokenizer", data / "tokens", out)["sha256"])
+        print(make_base_checkpoint(Params.model_validate(values), data / "tokenizer", data / "tokens", out)["sha256"])
     except BwskError as error:
         print(error)
 """

@@ -162,9 +162,9 @@ def test_storages_of_zero_bytes_change_nothing(tiny):
     """An empty tensor lives from forward to backward, as the one that PyTorch's checkpoint makes per region."""
 
     def keep_empty(fake, _):
-        fake.register_forward_hook(lambda module, args, output: kept.append(torch.empty(0)))
+        fake.register_forward_hook(lambda module, args, output: saved.append(torch.empty(0)))
 
-    kept = []
+    saved = []
     plain, empty = (fake_step(tiny, 2, 16, None, "fp32", prepare=prepare) for prepare in (None, keep_empty))
     assert 0 in empty.log.sizes.values()
     assert empty.summary("fused") == plain.summary("fused")

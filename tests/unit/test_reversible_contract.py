@@ -13,7 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from bwsk import BwskError, make_reversible
 from bwsk.budget import MIB
 from bwsk.memory.cuda_rules import cuda_accounting
-from bwsk.reversible.dropout import drop, drop_backward, pack_bits, redrop, unpack_bits
+from bwsk.reversible.dropout import drop, dropout_backward, dropout_replay, pack_bits, unpack_bits
 from bwsk.reversible.t5.tied_embedding import touched_rows
 from tests.unit.test_reversible_gradients import batch, differences, pair, train
 
@@ -215,8 +215,8 @@ def test_dropout_again_is_the_same_dropout(p, dtype):
     torch.manual_seed(4)
     ours, bits = drop(x.detach(), p)
     assert torch.equal(ours, y)
-    assert torch.equal(redrop(x.detach(), bits, p), y)
-    assert torch.equal(drop_backward(g, bits, p), expected)
+    assert torch.equal(dropout_replay(x.detach(), bits, p), y)
+    assert torch.equal(dropout_backward(g, bits, p), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -226,10 +226,10 @@ def test_the_operators_of_cuda_agree_with_its_own_backward(dtype, own):
     with cuda_accounting():
         x = torch.randn(64, 33, dtype=dtype)
         y, bits = drop(x, 0.37)
-        assert torch.equal(redrop(x, bits, 0.37) != 0, y != 0)
+        assert torch.equal(dropout_replay(x, bits, 0.37) != 0, y != 0)
         g = torch.randn_like(x)
         expected = torch.ops.aten.native_dropout_backward(g, y != 0, 1 / (1 - 0.37))
-        assert torch.equal(drop_backward(g.clone(), bits, 0.37, own=own), expected)
+        assert torch.equal(dropout_backward(g.clone(), bits, 0.37, own=own), expected)
 
 
 def test_rows_of_repeated_tokens_sum_as_in_the_dense_gradient():

@@ -87,7 +87,7 @@ def test_every_gradient_is_the_same_bits(name, attention, amp):
         ours = copy.deepcopy(stock)
         reference = train(copy.deepcopy(stock), name, amp)
         handle = make_reversible(ours, budget, batch=3, input_length=9)
-        assert set(handle.plan.levels.values()) <= {"core", "block"}
+        assert set(handle.plan.levels.values()) <= {"save_context", "checkpoint_block"}
         assert differences(reference, train(ours, name, amp)) == []
         handle.undo()
         assert not any(hasattr(module, "_bwsk") or "forward" in module.__dict__ for module in ours.modules())
@@ -112,12 +112,12 @@ def test_a_generation_cache_changes_nothing(name, budget):
 
 
 def test_a_cache_of_other_states_than_keys_and_values():
-    """Such blocks run their stock forward: the cache of a redone one would have no place for those states."""
+    """Such blocks run their stock forward: the cache of a recomputed one would have no place for those states."""
     layers = {"layer_types": ["conv", "full_attention", "conv"], "num_key_value_heads": 2}
     torch.manual_seed(0)
     stock = Lfm2ForCausalLM(Lfm2Config(vocab_size=96, **SIZES, **layers)).train()
     ours = copy.deepcopy(stock)
-    general.install_levels(ours, dict.fromkeys(general.blocks(ours), "block"))
+    general.install_levels(ours, dict.fromkeys(general.blocks(ours), "checkpoint_block"))
     found = []
     for model in (stock, ours):
         tokens = inputs_of("gpt2", 1)["input_ids"]
@@ -130,10 +130,10 @@ def test_the_plan_frees_memory_and_names_verdicts():
     cls, config = MODELS["bert"]
     model = cls._from_config(copy.deepcopy(config), attn_implementation="eager")
     fast = make_reversible(model, "fast", batch=8, input_length=64)
-    kept = fast.plan.kept
+    saved = fast.plan.saved
     assert any(row.verdict.startswith("S") for row in rows(fast.plan))
     fast.undo()
-    assert make_reversible(model, "max", batch=8, input_length=64).plan.kept < kept
+    assert make_reversible(model, "max", batch=8, input_length=64).plan.saved < saved
 
 
 def test_what_cannot_be_done_is_refused_by_name():
@@ -162,12 +162,12 @@ def test_compiled_models_run_the_engine_eagerly():
 
 
 def whole_blocks(name: str, attention: str = "eager"):
-    """A stock model and a copy of it whose every block is redone as a whole."""
+    """A stock model and a copy of it whose every block is recomputed as a whole."""
     cls, config = MODELS[name]
     torch.manual_seed(0)
     stock = cls._from_config(copy.deepcopy(config), attn_implementation=attention).train()
     ours = copy.deepcopy(stock)
-    general.install_levels(ours, dict.fromkeys(general.blocks(ours), "block"))
+    general.install_levels(ours, dict.fromkeys(general.blocks(ours), "checkpoint_block"))
     return stock, ours
 
 

@@ -14,7 +14,7 @@ from bwsk.memory.cuda_rules import cuda_rules
 from bwsk.reversible.cross_entropy import chunked_cross_entropy
 from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
 
-LEVELS = ["fast", "max", "entry", "qkv"]
+LEVELS = ["fast", "max", "save_input", "save_qkv"]
 
 
 def config(attention: str = "eager", **changes) -> T5Config:
@@ -40,15 +40,18 @@ def reversible(model: nn.Module, budget: str = "fast"):
     handle = make_reversible(
         model, budget if budget in ("fast", "balanced") else "max", batch=3, input_length=11, target_length=7
     )
-    if budget in ("max", "entry", "qkv"):
+    if budget in ("max", "save_input", "save_qkv"):
         from bwsk.reversible.t5.engine import install_levels, sublayers
 
         handle.undo()
         names = list(sublayers(model))
         if budget == "max":
-            levels = {name.split(".layer.")[0]: "block" for name in names}
+            levels = {name.split(".layer.")[0]: "checkpoint_block" for name in names}
         else:
-            levels = {name: budget if budget == "entry" or not _is_feed(model, name) else "core" for name in names}
+            levels = {
+                name: budget if budget == "save_input" or not _is_feed(model, name) else "save_context"
+                for name in names
+            }
         handle._touched.extend(install_levels(model, levels, "exact"))
     return handle
 
@@ -348,8 +351,8 @@ def test_control_flipped_mask_bit_is_caught(monkeypatch):
             bits[0] ^= 1
         return y, bits
 
-    real = attention.drop
-    monkeypatch.setattr(attention, "drop", flipped)
+    real = attention.dropout_forward
+    monkeypatch.setattr(attention, "dropout_forward", flipped)
     assert differences(train(stock, steps=1), train(ours, steps=1))
     assert first
 

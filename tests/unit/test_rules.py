@@ -21,7 +21,7 @@ from bwsk.classification.operators import Operator
 from bwsk.classification.rules.rule import KINDS, Rule, RuleSet
 from bwsk.classification.rules.sets import rule_set
 from bwsk.classification.rules.strict import BY_NAME, SPECIMENS, keeps_dimensions
-from bwsk.classification.witness import Residue, Specimen, Verdict, WitnessError
+from bwsk.classification.witness import Residue, Verdict, WitnessCase, WitnessError
 from bwsk.errors import BwskError
 
 STRICT = list(rule_set("strict"))
@@ -40,9 +40,9 @@ def _name(rule: Rule) -> str:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda s: s.name)
-def test_every_witness_holds_for_several_draws(specimen, seed):
-    specimen.check(seed)
+@pytest.mark.parametrize("case", SPECIMENS, ids=lambda s: s.name)
+def test_every_witness_holds_for_several_draws(case, seed):
+    case.check(seed)
 
 
 @pytest.mark.parametrize("rules", ["published", "strict"])
@@ -107,7 +107,7 @@ def test_a_negated_condition_excludes_its_own_witness(rule):
 
 def test_a_witness_of_another_kind_is_refused():
     rule = next(r for r in STRICT if r.kind == "relu")
-    with pytest.raises(BwskError, match="specimen of erasing_elementwise"):
+    with pytest.raises(BwskError, match="case of erasing_elementwise"):
         RuleSet("mutant", opinion=False).register(replace(rule, witnesses=(BY_NAME["clamp"],)))
 
 
@@ -127,7 +127,7 @@ def _specimen(**changes):
 
 
 @pytest.mark.parametrize(
-    ("specimen", "what"),
+    ("case", "what"),
     [
         (_specimen(invert=lambda f, y, k: y), "comes back with error"),
         (_specimen(keep=lambda f, x: x, invert=lambda f, y, k: k), "residue"),
@@ -158,9 +158,9 @@ def _specimen(**changes):
         (_specimen(sample=lambda g: torch.ones(4, 9).double(), invert=lambda f, y, k: y / y), "by heart"),
     ],
 )
-def test_false_evidence_fails(specimen, what):
+def test_false_evidence_fails(case, what):
     with pytest.raises(WitnessError, match=what):
-        specimen.check()
+        case.check()
 
 
 def test_an_inverse_that_is_off_by_a_little_fails():
@@ -173,8 +173,8 @@ def test_an_inverse_that_is_off_by_a_little_fails():
 def test_checks_leave_the_global_random_state_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    for specimen in SPECIMENS:
-        specimen.check(11)
+    for case in SPECIMENS:
+        case.check(11)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -364,11 +364,11 @@ def test_no_two_inputs_meet_where_the_strict_rules_say_s(name, width, data):
 
 def test_a_rule_for_an_operator_goes_before_its_kind():
     rules = _copy(rule_set("strict"))
-    specimen = Specimen(
+    case = WitnessCase(
         "exp", lambda g: Operator(torch.ops.aten.exp.default), sample=lambda g: torch.randn(4, generator=g).double(),
         invert=lambda f, y, k: y.log(), bound=1e-9,
     )  # fmt: skip
-    own = Rule("aten::exp", Verdict.S, Residue.NOTHING, "logarithm", "own", (specimen,))
+    own = Rule("aten::exp", Verdict.S, Residue.NOTHING, "logarithm", "own", (case,))
     rules.register(own)
     subject = Operator(torch.ops.aten.exp.default).subject(torch.ones(2))
     assert rules.decide(subject, "aten::exp") is own
@@ -384,7 +384,7 @@ def test_a_rule_for_what_does_not_exist_is_one_line(kind):
 
 
 def test_an_operator_rule_needs_a_witness_of_that_operator():
-    with pytest.raises(BwskError, match="specimen of"):
+    with pytest.raises(BwskError, match="case of"):
         _copy(rule_set("strict")).register(Rule("aten::log", Verdict.S, Residue.NOTHING, "x", "own", (BY_NAME["exp"],)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import bwsk
 from bwsk.study.provenance import PACKAGE
 
 HEAVY = {"torch", "transformers", "numpy", "datasets", "snakemake", "dvc", "pandas", "matplotlib"}
@@ -70,3 +72,12 @@ def test_ctrl_c_outside_of_a_command_is_a_status_and_no_traceback(moment: str) -
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_every_public_name_is_there_and_editors_see_it() -> None:
+    """The names are imported on first use, and once more for type checkers, which do not run `__getattr__`."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    typed = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert {"__version__"} | (typed & set(bwsk.__all__)) == set(bwsk.__all__)
+    assert all(getattr(bwsk, name) is not None for name in bwsk.__all__)
+    assert (PACKAGE / "py.typed").is_file()

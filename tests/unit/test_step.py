@@ -28,7 +28,7 @@ from bwsk import make_reversible
 from bwsk.errors import BwskError
 from bwsk.study.device import configure
 from bwsk.study.params import Precision, TrainParams
-from bwsk.study.train_step import Step, check_backend, make_optimizer, make_step
+from bwsk.study.train_step import TrainStep, check_backend, make_optimizer, make_step
 
 RATES = [1e-3, 2e-3, 1.5e-3, 5e-4]
 FAMILY = {
@@ -67,13 +67,13 @@ def batches(model: torch.nn.Module, count: int = 4) -> list[dict[str, torch.Tens
     return [{"input_ids": t[:, :12], "labels": t[:, 12:].contiguous()} for t in tokens]
 
 
-def stepped(model: torch.nn.Module, backend: str = "eager", precision: Precision = "float32") -> Step:
+def stepped(model: torch.nn.Module, backend: str = "eager", precision: Precision = "float32") -> TrainStep:
     train = TrainParams(precision=precision)
     scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=precision == "float16")
     return make_step(backend, model, make_optimizer(model, train, 1e-3), scaler, precision, train.max_grad_norm)
 
 
-def run(step: Step, rates: list[float] = RATES) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def run(step: TrainStep, rates: list[float] = RATES) -> list[tuple[torch.Tensor, torch.Tensor]]:
     torch.manual_seed(9)
     return [step(batch, lr) for batch, lr in zip(batches(step.model), rates, strict=True)]
 

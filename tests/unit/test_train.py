@@ -23,7 +23,7 @@ from bwsk.study.params import Params
 from bwsk.study.schedule import Schedule
 from bwsk.study.tokens import blocks, load_tokens
 from bwsk.study.train import Run
-from bwsk.study.train_inputs import Inputs
+from bwsk.study.train_inputs import TrainInputs
 from tests.tiny import make_inputs, write_params
 
 CPU = torch.device("cpu")
@@ -36,9 +36,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def inputs(study: Path) -> Inputs:
+def inputs(study: Path) -> TrainInputs:
     build = study / "build"
-    return Inputs(build / "tokens", build / "tokenizer", build / "base", build / "analysis" / "census.json")
+    return TrainInputs(build / "tokens", build / "tokenizer", build / "base", build / "analysis" / "census.json")
 
 
 def trained(study: Path, params: Params, variant: str, out: Path, say=lambda text: None) -> dict:

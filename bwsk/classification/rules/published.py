@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bwsk.classification.cases.functions import SIGMOID_PLATEAU, SOFTMAX_OFFSET, TANH_PLATEAU
+from bwsk.classification.cases.layers import BATCH_OFFSET
+from bwsk.classification.cases.operators import ATTENTION_ONE_KEY
 from bwsk.classification.operators import Facts
 from bwsk.classification.rules.rule import Rule, RuleSet, always
 from bwsk.classification.rules.strict import ALL, BIT, BY_NAME, GRAY, NOTHING, ROW, K, S
-from bwsk.classification.specimens.functions import SIGMOID_PLATEAU, SOFTMAX_OFFSET, TANH_PLATEAU
-from bwsk.classification.specimens.layers import BATCH_OFFSET
-from bwsk.classification.specimens.operators import ATTENTION_ONE_KEY
-from bwsk.classification.witness import Residue, Specimen, Verdict
+from bwsk.classification.witness import Residue, Verdict, WitnessCase
 
 _SOURCE = "publication's table"
 
@@ -24,7 +24,7 @@ def build() -> RuleSet:
     """The rule set that gives the published figures: T5-small 134 S / 56 K, BERT-base 103 / 50, GPT-2 small 76 / 49."""
     rules = RuleSet("published", opinion=True)
 
-    def add(kind: str, verdict: Verdict, residue: Residue, witnesses: str | tuple[Specimen, ...], reason: str,
+    def add(kind: str, verdict: Verdict, residue: Residue, witnesses: str | tuple[WitnessCase, ...], reason: str,
             condition: str = "always", when: Callable[[Facts], bool] = always) -> None:  # fmt: skip
         shown = tuple(BY_NAME[w] for w in witnesses.split("; ")) if isinstance(witnesses, str) else witnesses
         rules.register(Rule(kind, verdict, residue, reason, _SOURCE, shown, condition, when), prove=False)

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from bwsk.classification.identify import identify
-from bwsk.classification.operators import Facts, Subject
-from bwsk.classification.witness import Residue, Specimen, Verdict, WitnessError
+from bwsk.classification.operators import Facts, OpInfo
+from bwsk.classification.witness import Residue, Verdict, WitnessCase, WitnessError
 from bwsk.errors import BwskError
 
 # Every kind of operation that rules may speak about, in one line each.
@@ -87,7 +87,7 @@ class Rule:
     """One verdict: on which kind, when, with which residue, why, says who, and by which witnesses.
 
     `kind` is one of `KINDS` or the name of an operator such as "aten::mm". `condition` says in words what `when`
-    tests on the facts. `witnesses` are specimens; S needs an inverse, K a collision, GRAY one of each.
+    tests on the facts. `witnesses` are cases; S needs an inverse, K a collision, GRAY one of each.
     """
 
     kind: str
@@ -95,7 +95,7 @@ class Rule:
     residue: Residue
     reason: str
     source: str
-    witnesses: tuple[Specimen, ...]
+    witnesses: tuple[WitnessCase, ...]
     condition: str = "always"
     when: Callable[[Facts], bool] = always
 
@@ -170,7 +170,7 @@ class RuleSet:
             for witness in rule.witnesses:
                 subject = subject_of(witness)
                 if rule.kind not in (subject.kind, subject.how):
-                    raise WitnessError(f"{witness.name} is a specimen of {subject.kind}, by {subject.how}")
+                    raise WitnessError(f"{witness.name} is a case of {subject.kind}, by {subject.how}")
                 if not self._applies(rule, subject.facts):
                     raise WitnessError(f"{witness.name} lies outside of the condition '{rule.condition}'")
                 witness.check()
@@ -190,7 +190,7 @@ class RuleSet:
                 f"rule {rule.name} in {self.name!r}: its condition fails: {text}; facts are {known}"
             ) from error
 
-    def decide(self, subject: Subject, operator: str | None = None) -> Rule | None:
+    def decide(self, subject: OpInfo, operator: str | None = None) -> Rule | None:
         """The rule that applies, or None. A rule for the operator itself goes before one for its kind."""
         for key in (operator, subject.kind):
             for rule in self.rules.get(key, ()) if key else ():
@@ -200,20 +200,20 @@ class RuleSet:
                     return rule
         return None
 
-    def contradictions(self, specimens: Iterable[Specimen]) -> list[str]:
-        """Specimens whose evidence says other than this set does: none for a strict set, the disputes for published."""
+    def contradictions(self, cases: Iterable[WitnessCase]) -> list[str]:
+        """Cases whose evidence says other than this set does: none for a strict set, the disputes for published."""
         found = []
-        for specimen in specimens:
-            if specimen.saturates:
+        for case in cases:
+            if case.saturates:
                 continue
-            rule = self.decide(subject_of(specimen))
+            rule = self.decide(subject_of(case))
             if rule is None:
-                found.append(f"{specimen.name}: evidence for {specimen.verdict}, no rule")
-            elif rule.verdict is Verdict.GRAY and specimen in rule.witnesses:
+                found.append(f"{case.name}: evidence for {case.verdict}, no rule")
+            elif rule.verdict is Verdict.GRAY and case in rule.witnesses:
                 continue
-            elif (rule.verdict, rule.residue) != (specimen.verdict, specimen.residue):
+            elif (rule.verdict, rule.residue) != (case.verdict, case.residue):
                 found.append(
-                    f"{specimen.name}: evidence for {specimen.verdict} ({specimen.residue}), "
+                    f"{case.name}: evidence for {case.verdict} ({case.residue}), "
                     f"rule {rule.name} says {rule.verdict} ({rule.residue})"
                 )
         return found
@@ -222,14 +222,14 @@ class RuleSet:
         return (rule for rules in self.rules.values() for rule in rules)
 
 
-def subject_of(specimen: Specimen) -> Subject:
-    """Kind and facts of a specimen's operation, found exactly as a census or a trace finds them."""
+def subject_of(case: WitnessCase) -> OpInfo:
+    """Kind and facts of a case's operation, found exactly as a census or a trace finds them."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        operation = specimen.make(generator)
+        operation = case.make(generator)
         if isinstance(operation, nn.Module):
             return identify(operation)
-        inputs = specimen.sample(generator) if specimen.sample else specimen.pair(operation, generator)[0]
+        inputs = case.sample(generator) if case.sample else case.pair(operation, generator)[0]
         return operation.subject(*((inputs,) if isinstance(inputs, torch.Tensor) else inputs))
 
 

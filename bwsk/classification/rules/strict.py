@@ -12,18 +12,18 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from bwsk.classification.cases.functions import FUNCTIONS
+from bwsk.classification.cases.layers import LAYERS
+from bwsk.classification.cases.operators import OPERATORS
 from bwsk.classification.convolution import convolution, transposed_convolution
 from bwsk.classification.operators import Facts
 from bwsk.classification.rules.rule import Rule, RuleSet, always
-from bwsk.classification.specimens.functions import FUNCTIONS
-from bwsk.classification.specimens.layers import LAYERS
-from bwsk.classification.specimens.operators import OPERATORS
-from bwsk.classification.witness import Residue, Specimen, Verdict
+from bwsk.classification.witness import Residue, Verdict, WitnessCase
 
 S, K, GRAY = Verdict.S, Verdict.K, Verdict.GRAY
 NOTHING, ROW, BIT, RNG, ALL = Residue.NOTHING, Residue.ROW, Residue.BIT, Residue.RNG, Residue.EVERYTHING
-SPECIMENS: tuple[Specimen, ...] = (*LAYERS, *FUNCTIONS, *OPERATORS)
-BY_NAME: dict[str, Specimen] = {s.name: s for s in SPECIMENS}
+SPECIMENS: tuple[WitnessCase, ...] = (*LAYERS, *FUNCTIONS, *OPERATORS)
+BY_NAME: dict[str, WitnessCase] = {s.name: s for s in SPECIMENS}
 
 
 def keeps_dimensions(f: Facts) -> bool:

@@ -1,12 +1,12 @@
-"""T5's attention sublayer, x + dropout(o(attention(norm(x)))), forward and backward from what a rule keeps.
+"""T5's attention sublayer, x + dropout(o(attention(norm(x)))), forward and backward from what a policy keeps.
 
     q, k, v = W n(x);  P = softmax(q kᵀ + bias + mask);  out = dropout(P) v;  y = x + dropout(W_o out)
 
-S-phases between two matrix products are redone from their entry; of the K-operations only the residue is kept: one bit
-per element for the two dropouts, one statistic per row for the norm. Every operator runs on the same operands, in the
-same layout and order as in transformers' eager T5 and in autograd's derivative of it, so the gradients are the same
-bits. Contributions that autograd adds up one by one (k and v of the encoder states; residual, product and square of
-the norm) are returned one by one, and the engine adds them in its own order.
+S-phases between two matrix products are recomputed from their entry. Of the K-operations only the residue is saved: one
+bit per element for the two dropouts, one statistic per row for the norm. Every operator runs on the same operands, in
+the same layout and order as in transformers' eager T5 and in autograd's derivative of it, so the gradients are
+bit-identical. Contributions that autograd adds up one by one (k and v of the encoder states; residual, product and
+square of the norm) are returned one by one, and the engine adds them in its own order.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from bwsk.reversible.dropout import (
     acts_as_cuda,
-    drop,
-    drop_backward,
+    dropout_backward,
+    dropout_forward,
+    dropout_replay,
     random_state,
-    redrop,
     restored_random_state,
     unpack_bits,
 )
+from bwsk.reversible.plan import Level
 from bwsk.reversible.t5.linear import as_forward, cast, linear, linear_grad_input, linear_grad_weight
 from bwsk.reversible.t5.rms_norm import rms_apply, rms_backward, rms_statistic
 
@@ -42,16 +43,16 @@ class AttentionCall:
     p_out: float
     crossed: bool
     dtype: torch.dtype | None
-    level: str = "core"
+    level: str = Level.SAVE_CONTEXT
     cached: bool = False  # the stock step fills a generation cache, which leaves keys and values contiguous by head
     core: Callable[..., Tensor] | None = None  # another attention implementation than eager, rerun as a whole
 
 
 @dataclass
 class AttentionTape:
-    """What the forward of one attention sublayer produced; the rule decides which of it survives until the backward."""
+    """What the forward of one attention sublayer produced; its level decides what of it is saved."""
 
-    r: Tensor | None = None
+    rms_inv: Tensor | None = None
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
@@ -123,9 +124,9 @@ def _probabilities(call: AttentionCall, q3: Tensor, kt3: Tensor, batch: int, bia
 def _project(call: AttentionCall, tape: AttentionTape, w: AttentionWeights, x: Tensor, states: Tensor | None):
     """Fill in r, q, k, v of the tape; returns the norm's output in the compute dtype, the source of k and v, and the
     dtype of the norm's output itself."""
-    if tape.r is None:
-        tape.r = rms_statistic(x, call.eps)
-    normed = rms_apply(x, tape.r, w.norm)
+    if tape.rms_inv is None:
+        tape.rms_inv = rms_statistic(x, call.eps)
+    normed = rms_apply(x, tape.rms_inv, w.norm)
     own_dtype, normed = normed.dtype, cast(normed, call.dtype)
     source = cast(states, call.dtype) if call.crossed else normed
     if tape.q is None:
@@ -145,7 +146,7 @@ def attention_forward(
     mask: Tensor | None,
     tape: AttentionTape | None = None,
 ) -> tuple[Tensor, AttentionTape]:
-    """y of shape (B, L, d) and the tape. With a tape of kept residues the same forward is redone from them."""
+    """y of shape (B, L, d) and the tape. With a tape of saved residues the same forward is recomputed from them."""
     again = tape is not None
     tape = tape if again else AttentionTape()
     _project(call, tape, w, x, states)
@@ -158,9 +159,9 @@ def attention_forward(
     probabilities, _ = _probabilities(call, q3, kt3, x.shape[0], bias, mask)
     del q3, kt3
     if again:
-        dropped = redrop(probabilities, tape.core_bits, call.p_core)
+        dropped = dropout_replay(probabilities, tape.core_bits, call.p_core)
     else:
-        dropped, tape.core_bits = drop(probabilities, call.p_core)
+        dropped, tape.core_bits = dropout_forward(probabilities, call.p_core)
     del probabilities
     tape.out = _context(call, dropped, tape.v, x.shape)
     del dropped
@@ -172,17 +173,17 @@ def _finish(call: AttentionCall, w: AttentionWeights, x: Tensor, tape: Attention
     with as_forward(call.dtype, x.device.type):
         projected = linear(tape.out, w.o, call.dtype)
     if again:
-        projected = redrop(projected, tape.out_bits, call.p_out)
+        projected = dropout_replay(projected, tape.out_bits, call.p_out)
     else:
-        projected, tape.out_bits = drop(projected, call.p_out)
+        projected, tape.out_bits = dropout_forward(projected, call.p_out)
     return x + projected
 
 
 def _run_core(call: AttentionCall, tape: AttentionTape, bias: Tensor | None, mask: Tensor | None, again: bool):
     """Run the attention implementation with its own graph: (out, its leaves q, k, v and the bias if it has a gradient).
 
-    The graph is made in the forward too, and dropped: which kernel an implementation picks depends on what requires
-    gradients. Its dropout is drawn inside the kernel, so its residue is the state of the random generator.
+    The graph is made in the forward too, and dropped: which kernel an implementation picks depends on what
+    requires gradients. Its dropout is drawn inside the kernel, so its residue is the state of the random generator.
     """
     by_head = (_heads(tape.q, call), _keys(call, tape.k), _keys(call, tape.v))
     leaves = [t.detach().requires_grad_() for t in by_head]
@@ -241,7 +242,7 @@ def attention_backward(
     else:
         g_normed = from_v.add_(from_k).add_(from_q)
         g_states = (None, None)
-    g_product, g_square, gw_norm = rms_backward(g_normed.view(x.shape), x, tape.r, w.norm, wants_norm)
+    g_product, g_square, gw_norm = rms_backward(g_normed.view(x.shape), x, tape.rms_inv, w.norm, wants_norm)
     return (cast(g, x.dtype), g_product, g_square), g_bias, g_states, (gw_norm, gw_q, gw_k, gw_v, gw_o)
 
 
@@ -251,10 +252,10 @@ def _core_backward(call, w, tape, shape, bias, mask, g, wants_bias, wants_o):
     q3, kt3 = _flat(_heads(tape.q, call)), _flat(_keys(call, tape.k).transpose(2, 3))
     p, raw = _probabilities(call, q3, kt3, batch, bias, mask)
     mask_bits = None if tape.core_bits is None else unpack_bits(tape.core_bits, p.shape)  # once for both directions
-    dropped = redrop(p, mask_bits, call.p_core)
+    dropped = dropout_replay(p, mask_bits, call.p_core)
     out = tape.out if tape.out is not None else _context(call, dropped, tape.v, shape)
 
-    g_o = _rows(drop_backward(cast(g, out.dtype), tape.out_bits, call.p_out))
+    g_o = _rows(dropout_backward(cast(g, out.dtype), tape.out_bits, call.p_out))
     gw_o = linear_grad_weight(g_o, _rows(out), w.o) if wants_o else None
     g_out = linear_grad_input(g_o, w.o, call.dtype)
     del g_o, out
@@ -266,7 +267,7 @@ def _core_backward(call, w, tape, shape, bias, mask, g, wants_bias, wants_o):
     g_p = cast(g3.bmm(v3.transpose(1, 2)).view(p.shape), p.dtype)
     del g3, v3
     # Both in place: an elementwise product, and a row operation that reads its row before it writes it.
-    g_p = drop_backward(g_p, mask_bits, call.p_core, own=True)
+    g_p = dropout_backward(g_p, mask_bits, call.p_core, own=True)
     g_scores = torch.ops.aten._softmax_backward_data.out(g_p, p, -1, p.dtype, grad_input=g_p)
     del g_p, p
     g_bias = cast(g_scores.sum_to_size(bias.shape), bias.dtype) if wants_bias else None
@@ -292,7 +293,7 @@ def _merge(g: Tensor) -> Tensor:
 def _other_core_backward(call, w, tape, bias, mask, g, wants_o):
     """The same through an attention implementation that is rerun with its own graph."""
     out, leaves = _run_core(call, tape, bias, mask, again=True)
-    g_o = _rows(drop_backward(cast(g, out.dtype), tape.out_bits, call.p_out))
+    g_o = _rows(dropout_backward(cast(g, out.dtype), tape.out_bits, call.p_out))
     gw_o = linear_grad_weight(g_o, _rows(out.detach()), w.o) if wants_o else None
     g_out = linear_grad_input(g_o, w.o, call.dtype).view(out.shape)
     g_q, g_k, g_v, *g_bias = torch.autograd.grad(out, leaves, g_out)

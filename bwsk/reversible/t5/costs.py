@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from bwsk.reversible.cross_entropy import block_rows, chunk_rows
-from bwsk.reversible.plan import Choice, Head, Unit
+from bwsk.reversible.plan import Choice, Head, Level, Unit
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class _Piece:
-    kept: int
+    saved: int
     flops: int
     work: int
 
@@ -64,9 +64,9 @@ def _attention(config: Any, shape: Shape, length: int, source: int, crossed: boo
     core = 4 * b * length + e * (rows + 2 * keys) + bits
     entry = bits
     return {
-        "core": _Piece(core + e * rows, one, work),
-        "qkv": _Piece(core, 2 * one, work + e * rows),
-        "entry": _Piece(entry, 2 * one + project, work + e * (2 * rows + 2 * keys)),
+        Level.SAVE_CONTEXT: _Piece(core + e * rows, one, work),
+        Level.SAVE_QKV: _Piece(core, 2 * one, work + e * rows),
+        Level.SAVE_INPUT: _Piece(entry, 2 * one + project, work + e * (2 * rows + 2 * keys)),
     }
 
 
@@ -80,8 +80,8 @@ def _feed(config: Any, shape: Shape, length: int) -> dict[str, _Piece]:
     first = 2 * stream * f * branches
     core = 4 * b * length + e * hidden * branches + stream // 8 + (0 if rectified else hidden // 8)
     return {
-        "core": _Piece(core, 0, work),
-        "entry": _Piece(stream // 8 + hidden // 8, first, work + (0 if rectified else e * hidden * branches)),
+        Level.SAVE_CONTEXT: _Piece(core, 0, work),
+        Level.SAVE_INPUT: _Piece(stream // 8 + hidden // 8, first, work + (0 if rectified else e * hidden * branches)),
     }
 
 
@@ -101,7 +101,7 @@ def _weights(config: Any, attentions: int) -> int:
 def _unit(
     config: Any, shape: Shape, name: str, sublayers: list[str], length: int, sources: list[int], shared: int = 0
 ) -> Unit:
-    """One block; `shared` bytes are kept by all blocks of its stack together and live until this first one is done."""
+    """One block; `shared` bytes are saved by all blocks of its stack together and live until this first one is done."""
     stream = 4 * shape.batch * length * config.d_model
     inner = shape.element * shape.batch * length * config.num_heads * config.d_kv
     pieces = [_attention(config, shape, length, s, i == 1) for i, s in enumerate(sources)] + [
@@ -110,26 +110,26 @@ def _unit(
     choices = []
     for levels in product(*(piece.keys() for piece in pieces)):
         costs = [piece[level] for piece, level in zip(pieces, levels, strict=True)]
-        kept = sum(cost.kept for cost in costs) + len(costs) * stream + shared
+        saved = sum(cost.saved for cost in costs) + len(costs) * stream + shared
         work = max(cost.work for cost in costs)
         named = tuple(zip(sublayers, levels, strict=True))
-        choices.append(Choice(kept, sum(cost.flops for cost in costs), work, named))
-    entries = [piece["entry"] for piece in pieces]
+        choices.append(Choice(saved, sum(cost.flops for cost in costs), work, named))
+    entries = [piece[Level.SAVE_INPUT] for piece in pieces]
     # The residual stream between the sublayers needs W_o again, and the scores are made once more for the gradient.
     heads = config.num_heads * config.d_kv
     outs = 2 * shape.batch * length * heads * (config.d_model * len(sources) + sum(sources))
     tapes = sum(inner * 2 + 2 * shape.element * shape.batch * s * config.num_heads * config.d_kv for s in sources)
     choices.append(
         Choice(
-            stream + sum(entry.kept for entry in entries) + shared,
+            stream + sum(entry.saved for entry in entries) + shared,
             sum(entry.flops for entry in entries) + outs,
             max(entry.work for entry in entries) + tapes + stream * len(sources),
-            ((name, "block"),),
+            ((name, Level.CHECKPOINT_BLOCK),),
         )
     )
-    choices.sort(key=lambda choice: (-choice.kept, choice.flops))
+    choices.sort(key=lambda choice: (-choice.saved, choice.flops))
     useful = [c for i, c in enumerate(choices) if all(c.flops < o.flops for o in choices[i + 1 :]) or i == 0]
-    core = next(i for i, c in enumerate(useful) if all(level == "core" for _, level in c.levels))
+    core = next(i for i, c in enumerate(useful) if all(level == Level.SAVE_CONTEXT for _, level in c.levels))
     return Unit(
         name, tuple(useful[core:]), 4 * _weights(config, len(sources)), _forward(config, shape, length, sources)
     )
@@ -173,7 +173,7 @@ def units(config: Any, shape: Shape, parts: Parts) -> list[Unit]:
 
 
 def head(config: Any, shape: Shape, kind: str, parts: Parts) -> Head:
-    """The loss head: logits kept until their gradient is written over them, or no logits but gradients at once.
+    """The loss head: logits saved until their gradient is written over them, or no logits but gradients at once.
 
     Without a projection onto the vocabulary there is only the last stack's output, before and after its last norm.
     """

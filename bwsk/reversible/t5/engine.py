@@ -14,8 +14,8 @@ from bwsk.architecture import model_class
 from bwsk.budget import parse_budget
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import PRECISIONS, require_one_of, stock_peak
-from bwsk.reversible.patching import put, require_stock_forward, take_off
-from bwsk.reversible.plan import Plan, met, solve
+from bwsk.reversible.patching import patch_forward, require_stock_forward, unpatch
+from bwsk.reversible.plan import Level, Plan, require_within_budget, solve
 from bwsk.reversible.t5 import costs
 from bwsk.reversible.t5.forwards import (
     block,
@@ -28,8 +28,8 @@ from bwsk.reversible.t5.forwards import (
     projection,
     self_attention,
 )
-from bwsk.reversible.t5.rule import Part, Rule, parts_of
-from bwsk.reversible.t5.tied_embedding import Chain
+from bwsk.reversible.t5.policy import Part, Policy, parts_of
+from bwsk.reversible.t5.tied_embedding import TiedTable
 
 FAMILY = ("t5", "mt5")
 
@@ -88,7 +88,7 @@ def _check_parts(layer_name: str, parts: tuple[Part, ...], linears: tuple[str, .
             )
 
 
-def _rule_of_attention(name: str, layer: nn.Module, level: str, chain: Chain | None) -> Rule:
+def _attention_policy(name: str, layer: nn.Module, level: str, tied: TiedTable | None) -> Policy:
     crossed = hasattr(layer, "EncDecAttention")
     inside = "EncDecAttention" if crossed else "SelfAttention"
     attention = getattr(layer, inside)
@@ -96,10 +96,10 @@ def _rule_of_attention(name: str, layer: nn.Module, level: str, chain: Chain | N
     parts = parts_of(layer, "layer_norm", "dropout", inside) + parts_of(attention, *names)
     _check_parts(name, parts, ("q", "k", "v", "o"))
     facts = {"attention": attention, "norm": layer.layer_norm, "dropout": layer.dropout, "crossed": crossed}
-    return Rule(level, parts, chain, facts)
+    return Policy(level, parts, tied, facts)
 
 
-def _rule_of_feed(name: str, layer: nn.Module, level: str) -> Rule:
+def _feed_forward_policy(name: str, layer: nn.Module, level: str) -> Policy:
     dense = layer.DenseReluDense
     gated = hasattr(dense, "wi_0")
     linears = ("wi_0", "wi_1", "wo") if gated else ("wi", "wo")
@@ -107,7 +107,7 @@ def _rule_of_feed(name: str, layer: nn.Module, level: str) -> Rule:
     _check_parts(name, parts, linears)
     facts = {"dense": dense, "norm": layer.layer_norm, "dropout": layer.dropout, "gated": gated}
     facts["rectified"] = not gated and type(dense.act) is nn.ReLU
-    return Rule(level, parts, facts=facts)
+    return Policy(level, parts, facts=facts)
 
 
 def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
@@ -134,7 +134,7 @@ def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = 
         "bit-identical" if head.kind != "chunked" else "loss head as exact as the stock one, not the same bits",
         (config, sizes, parts.prefix),
     )
-    return met(solve(found, asked.cap, asked.flops), 16 * parameters)
+    return require_within_budget(solve(found, asked.cap, asked.flops), 16 * parameters)
 
 
 def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
@@ -148,44 +148,44 @@ def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[
     Returns the modules touched. Raises `BwskError`, before touching anything, on modules that are
     not stock.
     """
-    todo: list[tuple[nn.Module, Any, Rule]] = []
+    todo: list[tuple[nn.Module, Any, Policy]] = []
     names = {id(m): n for n, m in model.named_modules()}
-    chain = Chain()
+    tied = TiedTable()
     for stack in _stacks(model):
         for item in stack.block:
-            as_block = levels.get(names[id(item)]) == "block"
+            as_block = levels.get(names[id(item)]) == Level.CHECKPOINT_BLOCK
             parts: tuple[Part, ...] = parts_of(item, "layer")
             facts: dict[str, Any] = {}
             for index, layer in enumerate(item.layer):
                 name = names[id(layer)]
-                level = "entry" if as_block else levels.get(name, "core")
+                level = Level.SAVE_INPUT if as_block else levels.get(name, Level.SAVE_CONTEXT)
                 if level == "stock":
                     continue
                 own = parts_of(item.layer, str(index))
                 _check_parts(f"{names[id(item)]}.layer", own, ())
                 parts += own
                 if hasattr(layer, "DenseReluDense"):
-                    rule, method = _rule_of_feed(name, layer, level), feed_forward
+                    policy, method = _feed_forward_policy(name, layer, level), feed_forward
                 else:
-                    rule = _rule_of_attention(name, layer, level, chain if stack.is_decoder else None)
-                    method = cross_attention if rule.facts["crossed"] else self_attention
-                    facts = {"attention": rule.facts["attention"]}
-                parts += rule.parts
-                todo.append((layer, method, rule))
+                    policy = _attention_policy(name, layer, level, tied if stack.is_decoder else None)
+                    method = cross_attention if policy.facts["crossed"] else self_attention
+                    facts = {"attention": policy.facts["attention"]}
+                parts += policy.parts
+                todo.append((layer, method, policy))
             if as_block:
-                todo.append((item, block, Rule("block", parts, facts=facts)))
-        todo.append((stack.final_layer_norm, norm, Rule("core")))
-        todo.append((stack.dropout, drop, Rule("core")))
+                todo.append((item, block, Policy(Level.CHECKPOINT_BLOCK, parts, facts=facts)))
+        todo.append((stack.final_layer_norm, norm, Policy(Level.SAVE_CONTEXT)))
+        todo.append((stack.dropout, drop, Policy(Level.SAVE_CONTEXT)))
     if type(model).__name__ in ("T5ForConditionalGeneration", "MT5ForConditionalGeneration") and head != "stock":
-        todo += _head_rules(model, head, chain)
+        todo += _head_policies(model, head, tied)
     for module, _, _ in todo:
         require_stock_forward(names[id(module)], module)
-    for module, method, rule in todo:
-        put(module, method, rule)
+    for module, method, policy in todo:
+        patch_forward(module, method, policy)
     return [module for module, _, _ in todo]
 
 
-def _head_rules(model: nn.Module, head: str, chain: Chain) -> list[tuple[nn.Module, Any, Rule]]:
+def _head_policies(model: nn.Module, head: str, tied: TiedTable) -> list[tuple[nn.Module, Any, Policy]]:
     _check_linear("lm_head", model.lm_head)
     lookups = {id(stack.embed_tokens): stack.embed_tokens for stack in (model.encoder, model.decoder)}
     for table in lookups.values():
@@ -194,15 +194,15 @@ def _head_rules(model: nn.Module, head: str, chain: Chain) -> list[tuple[nn.Modu
                 f"make_reversible: embed_tokens is {type(table).__name__} with options that T5 does not use; "
                 "use a plain nn.Embedding"
             )
-    found: list[tuple[nn.Module, Any, Rule]] = [
-        (table, lookup, Rule("core", chain=chain)) for table in lookups.values()
+    found: list[tuple[nn.Module, Any, Policy]] = [
+        (table, lookup, Policy(Level.SAVE_CONTEXT, tied=tied)) for table in lookups.values()
     ]
-    found.append((model.lm_head, projection, Rule("core", chain=chain)))
-    found.append((model, conditional, Rule(head, parts_of(model, "lm_head"), chain=chain)))
+    found.append((model.lm_head, projection, Policy(Level.SAVE_CONTEXT, tied=tied)))
+    found.append((model, conditional, Policy(head, parts_of(model, "lm_head"), tied=tied)))
     return found
 
 
 def uninstall(modules: list[nn.Module]) -> None:
     """Take the forwards off again."""
     for module in modules:
-        take_off(module)
+        unpatch(module)

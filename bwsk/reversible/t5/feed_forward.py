@@ -1,8 +1,8 @@
-"""T5's feed-forward sublayer, x + dropout(W_o dropout(f(W_i n(x)))), forward and backward from what a rule keeps.
+"""T5's feed-forward sublayer, x + dropout(W_o dropout(f(W_i n(x)))), forward and backward from what a policy keeps.
 
 ReLU (v1.0) erases the negative half and dropout a tenth; both erasures can be read off the one tensor that the next
-matrix product needs anyway, h = dropout(relu(a)): the gradient passes where h > 0. So h alone is kept, in place of
-relu(a), h and a mask. The gated form (v1.1), f = act(a₀)·a₁, keeps a₀ and a₁ and redoes the product.
+matrix product needs anyway, h = dropout(relu(a)): the gradient passes where h > 0. So h alone is saved, in place of
+relu(a), h and a mask. The gated form (v1.1), f = act(a₀)·a₁, keeps a₀ and a₁ and recomputes the product.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bwsk.reversible.dropout import drop, drop_backward, redrop, rescale_
+from bwsk.reversible.dropout import dropout_backward, dropout_forward, dropout_replay, rescale_
+from bwsk.reversible.plan import Level
 from bwsk.reversible.t5.linear import as_forward, cast, linear, linear_grad_input, linear_grad_weight
 from bwsk.reversible.t5.rms_norm import rms_apply, rms_backward, rms_statistic
 
@@ -30,12 +31,12 @@ class FeedForwardCall:
     rectified: bool
     dtype: torch.dtype | None
     out_dtype: torch.dtype | None  # of W_o: as dtype, or None where it steps out of autocast
-    level: str = "core"
+    level: str = Level.SAVE_CONTEXT
 
 
 @dataclass
 class FeedForwardTape:
-    r: Tensor | None = None
+    rms_inv: Tensor | None = None
     a: Tensor | None = None  # the pre-activation; None for ReLU once h is there
     b: Tensor | None = None  # the second, linear branch of the gated form
     h: Tensor | None = None
@@ -74,12 +75,12 @@ def feedforward_forward(
     tape: FeedForwardTape | None = None,
     finish: bool = True,
 ) -> tuple[Tensor | None, FeedForwardTape]:
-    """y (B, L, d) and the tape. With a tape of kept residues the same forward is redone; `finish=False` stops at h."""
+    """y (B, L, d) and the tape. With a tape of saved residues the forward is recomputed; `finish=False` stops at h."""
     again = tape is not None
     tape = tape if again else FeedForwardTape()
-    if tape.r is None:
-        tape.r = rms_statistic(x, call.eps)
-    normed = cast(rms_apply(x, tape.r, w.norm), call.dtype)
+    if tape.rms_inv is None:
+        tape.rms_inv = rms_statistic(x, call.eps)
+    normed = cast(rms_apply(x, tape.rms_inv, w.norm), call.dtype)
     with as_forward(call.dtype, x.device.type):
         a = linear(normed, w.first, call.dtype)
         b = linear(normed, w.second, call.dtype) if call.gated else None
@@ -91,9 +92,9 @@ def feedforward_forward(
         tape.h = _activate(call, a, b)
     del normed, a, b
     if again:
-        tape.h = redrop(tape.h, tape.hidden_bits, call.p_hidden)
+        tape.h = dropout_replay(tape.h, tape.hidden_bits, call.p_hidden)
     else:
-        tape.h, tape.hidden_bits = drop(tape.h, call.p_hidden)
+        tape.h, tape.hidden_bits = dropout_forward(tape.h, call.p_hidden)
     if not finish:
         return None, tape
     entering = _entering(call, tape.h, w.o)
@@ -101,9 +102,9 @@ def feedforward_forward(
         projected = linear(entering, w.o, call.out_dtype)
     del entering
     if again:
-        projected = redrop(projected, tape.out_bits, call.p_out)
+        projected = dropout_replay(projected, tape.out_bits, call.p_out)
     else:
-        projected, tape.out_bits = drop(projected, call.p_out)
+        projected, tape.out_bits = dropout_forward(projected, call.p_out)
     return x + projected, tape
 
 
@@ -118,7 +119,7 @@ def _hidden_gradient(call: FeedForwardCall, tape: FeedForwardTape, g: Tensor):
         # Dropped elements and negative ones are both zero in h: one comparison stands for both masks.
         g = rescale_(g, call.p_hidden)
         return torch.ops.aten.threshold_backward.grad_input(g, tape.h, 0, grad_input=g), None
-    g = drop_backward(g, tape.hidden_bits, call.p_hidden, own=True)
+    g = dropout_backward(g, tape.hidden_bits, call.p_hidden, own=True)
     with torch.enable_grad():
         a = tape.a.detach().requires_grad_()
         b = tape.b.detach().requires_grad_() if call.gated else None
@@ -135,23 +136,23 @@ def feedforward_backward(
     Returns (residual, product, square) of x and (norm, first, second, o); None where not wanted.
     """
     wants_norm, wants_first, wants_second, wants_o = wants
-    if tape.r is None:
-        tape.r = rms_statistic(x, call.eps)
+    if tape.rms_inv is None:
+        tape.rms_inv = rms_statistic(x, call.eps)
     if tape.h is None:
         if tape.a is None:
             feedforward_forward(call, w, x, tape, finish=False)
         else:
-            tape.h = redrop(_activate(call, tape.a, tape.b), tape.hidden_bits, call.p_hidden)
+            tape.h = dropout_replay(_activate(call, tape.a, tape.b), tape.hidden_bits, call.p_hidden)
     h = tape.h
     entering = _entering(call, h, w.o)
-    g_o = _flat_rows(drop_backward(cast(g, entering.dtype), tape.out_bits, call.p_out))
+    g_o = _flat_rows(dropout_backward(cast(g, entering.dtype), tape.out_bits, call.p_out))
     gw_o = linear_grad_weight(g_o, _flat_rows(entering), w.o) if wants_o else None
     g_h = cast(linear_grad_input(g_o, w.o, call.out_dtype).view(h.shape), h.dtype)
     del g_o, entering
     g_a, g_b = _hidden_gradient(call, tape, g_h)
     del g_h, h
     tape.h = None
-    normed = rms_apply(x, tape.r, w.norm)
+    normed = rms_apply(x, tape.rms_inv, w.norm)
     through, normed = normed.dtype, cast(normed, call.dtype)
     rows = _flat_rows(normed)
     g_a = _flat_rows(g_a)
@@ -163,7 +164,7 @@ def feedforward_backward(
         gw_second = linear_grad_weight(g_b, rows, w.second) if wants_second else None
         g_normed = cast(linear_grad_input(g_b, w.second, call.dtype), through).add_(g_normed)
     del g_a, g_b, rows, normed
-    g_product, g_square, gw_norm = rms_backward(g_normed.view(x.shape), x, tape.r, w.norm, wants_norm)
+    g_product, g_square, gw_norm = rms_backward(g_normed.view(x.shape), x, tape.rms_inv, w.norm, wants_norm)
     return (cast(g, x.dtype), g_product, g_square), (gw_norm, gw_first, gw_second, gw_o)
 
 

@@ -22,13 +22,14 @@ from bwsk.reversible.cross_entropy import chunked_cross_entropy, cross_entropy
 from bwsk.reversible.dropout import dropout
 from bwsk.reversible.guard import refuse_double_backward
 from bwsk.reversible.patching import stock_forward
+from bwsk.reversible.plan import Level
 from bwsk.reversible.t5.attention import AttentionCall, attention_weights
 from bwsk.reversible.t5.feed_forward import FeedForwardCall, feedforward_weights
 from bwsk.reversible.t5.float16 import OutOfFloat16
 from bwsk.reversible.t5.linear import autocast_dtype
 from bwsk.reversible.t5.nodes import AttentionNode, BlockCall, BlockNode, FeedForwardNode
+from bwsk.reversible.t5.policy import Policy, changed, engaged
 from bwsk.reversible.t5.rms_norm import rms_apply, rms_backward, rms_statistic
-from bwsk.reversible.t5.rule import Rule, changed, engaged
 from bwsk.reversible.t5.tied_embedding import LookupNode, ProjectionNode
 
 
@@ -70,7 +71,7 @@ def _attention_call(layer: nn.Module, x: Tensor, level: str) -> AttentionCall:
         dtype=autocast_dtype(x),
         level=level,
         core=_core(attention),
-        cached=layer._bwsk.chain is not None and layer._bwsk.chain.cached,
+        cached=layer._bwsk.tied is not None and layer._bwsk.tied.cached,
     )
 
 
@@ -110,8 +111,8 @@ def _stock_cache(layer: nn.Module) -> DynamicCache | None:
 
     None where the stock step has none either; under gradient checkpointing transformers takes it away.
     """
-    chain = layer._bwsk.chain
-    if chain is None or not chain.cached or layer._bwsk.facts["attention"].gradient_checkpointing:
+    tied = layer._bwsk.tied
+    if tied is None or not tied.cached or layer._bwsk.facts["attention"].gradient_checkpointing:
         return None
     return DynamicCache()
 
@@ -198,7 +199,7 @@ def block(
     past_key_values=None,
     **kwargs,
 ):
-    """T5Block.forward while training, where the whole block is redone from its input."""
+    """T5Block.forward while training, where the whole block is recomputed from its input."""
     x, states = hidden_states, encoder_hidden_states
     own, *middle, feed = self.layer
     plain = (
@@ -220,9 +221,9 @@ def block(
         )
     bias = _own_bias(own, x, position_bias)
     calls = BlockCall(
-        _attention_call(own, x, "entry"),
-        _attention_call(middle[0], x, "entry") if middle else None,
-        _feed_call(feed, x, "entry"),
+        _attention_call(own, x, Level.SAVE_INPUT),
+        _attention_call(middle[0], x, Level.SAVE_INPUT) if middle else None,
+        _feed_call(feed, x, Level.SAVE_INPUT),
     )
     w = attention_weights(own)
     weights = [w.norm, w.q, w.k, w.v, w.o]
@@ -275,34 +276,34 @@ def drop(self, input):
 @outside_compile
 def lookup(self, input):
     """nn.Embedding.forward inside a training forward of the whole model."""
-    chain = self._bwsk.chain
-    if not chain.active or not torch.is_grad_enabled() or not self.weight.requires_grad:
+    tied = self._bwsk.tied
+    if not tied.active or not torch.is_grad_enabled() or not self.weight.requires_grad:
         return stock_forward(self)(input)
     padding = -1 if self.padding_idx is None else self.padding_idx
-    vectors, table = LookupNode.apply(chain.newest(self.weight), input, padding)
-    chain.passed_on(self.weight, table)
+    vectors, table = LookupNode.apply(tied.current(self.weight), input, padding)
+    tied.advance(self.weight, table)
     return vectors
 
 
 @outside_compile
 def projection(self, input):
     """The output projection (nn.Linear without bias) inside a training forward of the whole model."""
-    chain = self._bwsk.chain
-    if not chain.active or not torch.is_grad_enabled():
+    tied = self._bwsk.tied
+    if not tied.active or not torch.is_grad_enabled():
         return stock_forward(self)(input)
-    if chain.skip_projection:
+    if tied.skip_projection:
         return input
     if not input.is_contiguous():
-        return nn.functional.linear(input, chain.newest(self.weight))
-    return ProjectionNode.apply(input, chain.newest(self.weight))
+        return nn.functional.linear(input, tied.current(self.weight))
+    return ProjectionNode.apply(input, tied.current(self.weight))
 
 
 @outside_compile
 def conditional(self, *args, **kwargs):
     """T5ForConditionalGeneration.forward while training."""
     stock = stock_forward(self)
-    rule: Rule = self._bwsk
-    if not self.training or not torch.is_grad_enabled() or changed(rule):
+    policy: Policy = self._bwsk
+    if not self.training or not torch.is_grad_enabled() or changed(policy):
         return stock(*args, **kwargs)
     if args:
         bound = inspect.signature(stock).bind(*args, **kwargs)
@@ -310,13 +311,13 @@ def conditional(self, *args, **kwargs):
         kwargs.pop("kwargs", None)
     labels = kwargs.pop("labels", None)
     as_dict = kwargs.pop("return_dict", None)
-    chain = rule.chain
-    chain.start()
+    tied = policy.tied
+    tied.start()
     try:
         outputs = _with_loss(self, stock, labels, kwargs)
-        uncached = chain.cached
+        uncached = tied.cached
     finally:
-        chain.stop()
+        tied.stop()
     as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
     if as_dict:
         return outputs
@@ -328,23 +329,23 @@ def conditional(self, *args, **kwargs):
 def _with_loss(model: nn.Module, stock: Any, labels: Tensor | None, kwargs: dict[str, Any]):
     if labels is None:
         return stock(**kwargs, return_dict=True)
-    rule: Rule = model._bwsk
+    policy: Policy = model._bwsk
     if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
         kwargs["decoder_input_ids"] = model._shift_right(labels)
     if kwargs.get("past_key_values") is None:
-        # Training has no use for a cache, but the stock step lays out its keys by it; that layout is kept.
+        # Training has no use for a cache, but the stock step lays out its keys by it. That layout is kept.
         asked = kwargs.get("use_cache")
-        rule.chain.cached = bool(model.decoder.config.use_cache if asked is None else asked)
+        policy.tied.cached = bool(model.decoder.config.use_cache if asked is None else asked)
         kwargs["use_cache"] = False
     head = model.lm_head
     narrow = torch.is_autocast_enabled(labels.device.type) or head.weight.dtype is not torch.float32
-    chunked = rule.level == "chunked" and not narrow
-    rule.chain.skip_projection = chunked
+    chunked = policy.level == "chunked" and not narrow
+    policy.tied.skip_projection = chunked
     outputs = stock(**kwargs, return_dict=True)
     labels = labels.to(outputs.logits.device).view(-1)
     found = dict(outputs.items())
     if chunked:
-        loss = chunked_cross_entropy(found.pop("logits"), rule.chain.newest(head.weight), labels)
+        loss = chunked_cross_entropy(found.pop("logits"), policy.tied.current(head.weight), labels)
     else:
         loss = cross_entropy(found["logits"], labels, head.in_features)
     return type(outputs)(loss=loss, **found)

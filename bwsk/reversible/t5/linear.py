@@ -22,7 +22,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def as_forward(dtype: torch.dtype | None, kind: str):
-    """The autocast state that gave `dtype` in the forward, for what a backward redoes, which may run under another."""
+    """The autocast state that gave `dtype` in the forward, for a recomputation, which may run under another."""
     enabled = torch.is_autocast_enabled(kind)
     if (torch.get_autocast_dtype(kind) if enabled else None) is dtype:
         return nullcontext()

@@ -1,11 +1,12 @@
 """One autograd node per T5 sublayer, or per block: what is saved is decided by a level, the mathematics is shared.
 
-Levels, from most kept to least:
+Levels, from most saved to least:
 
-    core    attention: x, r, q, k, v, out and the mask bits; feed-forward: x, r and h (gated: a₀, a₁)
-    qkv     attention only: as core without out (one more product P v in the backward)
-    entry   the sublayer's input and the mask bits; everything else is redone
-    block   the block's input and the mask bits of its sublayers
+    save_context       attention: x, rms_inv, q, k, v, out and the mask bits; feed-forward: x, rms_inv and h
+                       (gated: a₀, a₁)
+    save_qkv           attention only: save_context without out (one more product P v in the backward)
+    save_input         the sublayer's input and the mask bits; everything else is recomputed
+    checkpoint_block   the block's input and the mask bits of its sublayers
 
 Saved tensors go through `save_for_backward`, so that PyTorch frees them as the backward passes and reports weights
 that were changed in place between forward and backward.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bwsk.reversible.guard import refuse_double_backward
+from bwsk.reversible.plan import Level
 from bwsk.reversible.t5.attention import (
     AttentionCall,
     AttentionTape,
@@ -46,13 +48,13 @@ class AttentionNode(torch.autograd.Function):
     def forward(ctx, call: AttentionCall, x, _x1, _x2, states, _states, bias, mask, *weights):
         w = AttentionWeights(*weights)
         y, tape = attention_forward(call, w, x, states, bias, mask)
-        if call.level != "core":
+        if call.level != Level.SAVE_CONTEXT:
             tape.out = None
-        if call.level == "entry":
-            tape.r = tape.q = tape.k = tape.v = None
+        if call.level == Level.SAVE_INPUT:
+            tape.rms_inv = tape.q = tape.k = tape.v = None
         ctx.call = call
-        kept = (tape.r, tape.q, tape.k, tape.v, tape.out, tape.core_bits, tape.out_bits)
-        ctx.save_for_backward(x, states, bias, mask, *kept, *weights)
+        saved = (tape.rms_inv, tape.q, tape.k, tape.v, tape.out, tape.core_bits, tape.out_bits)
+        ctx.save_for_backward(x, states, bias, mask, *saved, *weights)
         return y
 
     @staticmethod
@@ -73,14 +75,14 @@ class FeedForwardNode(torch.autograd.Function):
     def forward(ctx, call: FeedForwardCall, x, _x1, _x2, *weights):
         w = FeedForwardWeights(*weights)
         y, tape = feedforward_forward(call, w, x)
-        if call.level == "entry":
-            tape.r = tape.a = tape.b = tape.h = None
+        if call.level == Level.SAVE_INPUT:
+            tape.rms_inv = tape.a = tape.b = tape.h = None
         elif call.rectified:
             tape.hidden_bits = None  # h itself says what was dropped
         else:
             tape.h = None
         ctx.call = call
-        ctx.save_for_backward(x, tape.r, tape.a, tape.b, tape.h, tape.hidden_bits, tape.out_bits, *weights)
+        ctx.save_for_backward(x, tape.rms_inv, tape.a, tape.b, tape.h, tape.hidden_bits, tape.out_bits, *weights)
         return y
 
     @staticmethod
@@ -102,7 +104,7 @@ class BlockCall:
 
 
 class BlockNode(torch.autograd.Function):
-    """A whole block from its input and mask bits: the S-phases and the matrix products in between are redone once.
+    """A whole block from its input and mask bits: the S-phases and the matrix products in between are recomputed once.
 
     Inputs: call, x three times, states twice, bias, mask, cross bias, cross mask, then 5, 5 or no, and 4 weights.
     """

@@ -3,7 +3,7 @@
     r = rsqrt(mean(x²) + eps),  y = w · (x · r)
 
 Autograd keeps x, x·r and y (for the linear layers): three copies of the residual stream. Here only x, which the
-residual stream holds anyway, and r (4 bytes a row) are kept; x·r and y are elementwise and redone bit for bit.
+residual stream holds anyway, and r (4 bytes a row) are saved; x·r and y are elementwise and recomputed bit for bit.
 The backward is autograd's own derivative of that chain, operator by operator (PyTorch, derivatives.yaml).
 """
 

@@ -84,7 +84,7 @@ class ProjectionNode(torch.autograd.Function):
         return g_x, linear_grad_weight(g, wide, table) if ctx.needs_input_grad[1] else None
 
 
-class Chain:
+class TiedTable:
     """What the modules of one model share during a training forward: the table as its next use should see it."""
 
     def __init__(self) -> None:
@@ -103,10 +103,10 @@ class Chain:
         self.skip_projection = False
         self.cached = False  # the stock decoder would have filled a generation cache
 
-    def newest(self, weight: Tensor) -> Tensor:
+    def current(self, weight: Tensor) -> Tensor:
         """The table that the last lookup in `weight` passed on, or `weight` itself where it was another's or none."""
         return self._table if self._table is not None and self._weight is weight else weight
 
-    def passed_on(self, weight: Tensor, table: Tensor) -> None:
+    def advance(self, weight: Tensor, table: Tensor) -> None:
         """A lookup in `weight` has passed `table` on."""
         self._weight, self._table = weight, table

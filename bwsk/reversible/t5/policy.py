@@ -1,4 +1,4 @@
-"""What one module of a T5 is to keep while it trains, and whether the rule still covers a call of it."""
+"""What one module of a T5 is to keep while it trains, and whether the policy still covers a call of it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bwsk.reversible.patching import Installed, globally_hooked, hooked
+from bwsk.reversible.patching import PatchedForward, globally_hooked, hooked
 from bwsk.reversible.t5.float16 import OutOfFloat16
-from bwsk.reversible.t5.tied_embedding import Chain
+from bwsk.reversible.t5.tied_embedding import TiedTable
 
 
 class Part(NamedTuple):
-    """A module inside a sublayer, where it hangs, and what it was when the rule was made."""
+    """A module inside a sublayer, where it hangs, and what it was when the policy was made."""
 
     owner: nn.Module
     name: str
@@ -23,12 +23,12 @@ class Part(NamedTuple):
 
 
 @dataclass
-class Rule:
+class Policy:
     """What one module is to keep, and the modules inside it that its stock forward would have called."""
 
     level: str
     parts: tuple[Part, ...] = ()
-    chain: Chain | None = None
+    tied: TiedTable | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -38,20 +38,20 @@ def parts_of(owner: nn.Module, *names: str) -> tuple[Part, ...]:
     return tuple(Part(owner, name, module, type(module)) for name, module in found)
 
 
-def changed(rule: Rule) -> bool:
-    """Whether a module of the rule does other things than when the rule was made: hooks, adapters, …"""
+def changed(policy: Policy) -> bool:
+    """Whether a module of the policy does other things than when the policy was made: hooks, adapters, …"""
     return globally_hooked() or any(
         owner._modules.get(name) is not module
         or type(module) is not kind
         or module._parameters.get("bias") is not None
         or hooked(module)
-        or ("forward" in module.__dict__ and not isinstance(module.__dict__["forward"], (Installed, OutOfFloat16)))
-        for owner, name, module, kind in rule.parts
+        or ("forward" in module.__dict__ and not isinstance(module.__dict__["forward"], (PatchedForward, OutOfFloat16)))
+        for owner, name, module, kind in policy.parts
     )
 
 
 def engaged(module: nn.Module, x: Tensor, states: Tensor | None, *masks: Tensor | None, **kwargs: Any) -> bool:
-    """Whether this call is a training step that the rule covers; otherwise the stock forward runs.
+    """Whether this call is a training step that the policy covers; otherwise the stock forward runs.
 
     Hidden states in another layout than the usual one are multiplied by other kernels where they need a gradient.
     """
@@ -63,12 +63,12 @@ def engaged(module: nn.Module, x: Tensor, states: Tensor | None, *masks: Tensor 
         return False
     if not x.is_contiguous() or (states is not None and not states.is_contiguous()):
         return False
-    rule: Rule = module._bwsk
-    attention = rule.facts.get("attention")
+    policy: Policy = module._bwsk
+    attention = policy.facts.get("attention")
     if attention is not None and (
         attention.gradient_checkpointing or getattr(attention.config, "output_attentions", False)
     ):
         return False
     if x.dtype is not torch.float32 and torch.is_autocast_enabled(x.device.type):
         return False
-    return not changed(rule)
+    return not changed(policy)

@@ -1,4 +1,4 @@
-"""Specimens of operator kinds: single `aten` calls, each with the evidence that it preserves or erases its data input.
+"""Cases of operator kinds: single `aten` calls, each with the evidence that it preserves or erases its data input.
 
 For operators with two inputs both are data: what must come back is the pair. See `bwsk.classification.witness`.
 """
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from bwsk.classification.cases.make import F64, normal
 from bwsk.classification.operators import Operator
-from bwsk.classification.specimens.make import F64, normal
-from bwsk.classification.witness import Residue, Specimen
+from bwsk.classification.witness import Residue, WitnessCase
 
 aten = torch.ops.aten
 
@@ -22,19 +22,21 @@ def _positive(*shape: int) -> Callable[[Generator], Tensor]:
     return lambda g: torch.rand(shape, generator=g, dtype=F64) + 0.5
 
 
-def _back(name: str, operator: Operator, invert: Callable[[Any], Any], sample: Any = None, **more: Any) -> Specimen:
+def _back(name: str, operator: Operator, invert: Callable[[Any], Any], sample: Any = None, **more: Any) -> WitnessCase:
     """Evidence for S: an operator call and its inverse on the output (exact unless a bound is given)."""
-    return Specimen(name, lambda g: operator, sample=sample or normal(3, 8), invert=lambda f, y, k: invert(y), **more)
+    return WitnessCase(
+        name, lambda g: operator, sample=sample or normal(3, 8), invert=lambda f, y, k: invert(y), **more
+    )
 
 
-def _same(name: str, operator: Operator, a: Any, b: Any) -> Specimen:
+def _same(name: str, operator: Operator, a: Any, b: Any) -> WitnessCase:
     """Evidence for K: one output for the inputs a and b (numbers, or tuples of tensors' numbers)."""
     many = isinstance(a, tuple)
     pair = tuple(tuple(torch.tensor(t, dtype=F64) for t in p) if many else torch.tensor(p, dtype=F64) for p in (a, b))
-    return Specimen(name, lambda g: operator, pair=lambda f, g: pair, residue=Residue.EVERYTHING)
+    return WitnessCase(name, lambda g: operator, pair=lambda f, g: pair, residue=Residue.EVERYTHING)
 
 
-def _widths() -> list[Specimen]:
+def _widths() -> list[WitnessCase]:
     def sample(g: Generator) -> Tensor:
         return torch.randn(3, 8, generator=g, dtype=torch.float32)
 
@@ -44,7 +46,7 @@ def _widths() -> list[Specimen]:
     ]
 
 
-def _noise() -> list[Specimen]:
+def _noise() -> list[WitnessCase]:
     class Draw(Operator):
         def __init__(self) -> None:
             super().__init__(aten.bernoulli_.float, 0.5)
@@ -64,7 +66,7 @@ def _noise() -> list[Specimen]:
         return torch.zeros_like(y) if torch.equal(expected, y) else y + 1
 
     return [
-        Specimen(
+        WitnessCase(
             "random draw, replayed",
             lambda g: Draw(),
             sample=lambda g: torch.zeros(64, dtype=F64),
@@ -72,7 +74,7 @@ def _noise() -> list[Specimen]:
             invert=replay,
             residue=Residue.RNG,
         ),
-        Specimen(
+        WitnessCase(
             "plus noise, replayed",
             lambda g: Operator(aten.add.Tensor, draw(state), noise=True),
             sample=normal(3, 8),
@@ -84,14 +86,14 @@ def _noise() -> list[Specimen]:
     ]
 
 
-def _row_residue() -> list[Specimen]:
+def _row_residue() -> list[WitnessCase]:
     """x * s with a scalar s per row: from the product and s (the residue) both come back."""
 
     def pairs(g: Generator) -> tuple[Tensor, Tensor]:
         return (torch.randn(3, 8, generator=g, dtype=F64), torch.rand(3, 1, generator=g, dtype=F64) + 0.5)
 
     return [
-        Specimen(
+        WitnessCase(
             "row times its scalar",
             lambda g: Operator(aten.mul.Tensor),
             sample=pairs,
@@ -100,7 +102,7 @@ def _row_residue() -> list[Specimen]:
             residue=Residue.ROW,
             bound=1e-12,
         ),
-        Specimen(
+        WitnessCase(
             "row minus its mean",
             lambda g: Operator(aten.sub.Tensor),
             sample=pairs,
@@ -109,7 +111,7 @@ def _row_residue() -> list[Specimen]:
             residue=Residue.ROW,
             bound=1e-12,
         ),
-        Specimen(
+        WitnessCase(
             "softmax operator",
             lambda g: Operator(aten._softmax.default, -1, False),
             sample=normal(3, 8),
@@ -134,9 +136,9 @@ def _unsort(y: tuple[Tensor, Tensor]) -> Tensor:
 _WEIGHT = torch.linspace(-1, 1, 24, dtype=F64).sin().reshape(4, 6) + torch.eye(4, 6, dtype=F64)
 _EQUAL_KEYS = ([[[1.0, 2], [3, 4]]], [[[0.0, 0], [0, 0]]], [[[5.0, 6], [7, 8]]])
 
-OPERATORS: tuple[Specimen, ...] = (
+OPERATORS: tuple[WitnessCase, ...] = (
     # No data goes in: there is nothing to give back, and the empty inverse does so.
-    Specimen("no data", lambda g: Operator(aten.arange.default, 5), sample=lambda g: (), invert=lambda f, y, k: ()),
+    WitnessCase("no data", lambda g: Operator(aten.arange.default, 5), sample=lambda g: (), invert=lambda f, y, k: ()),
     # rearrangements: bit-exact
     _back("view", Operator(aten.view.default, [8, 3]), lambda y: y.reshape(3, 8)),
     _back("permute", Operator(aten.permute.default, [1, 0]), lambda y: y.T),
@@ -160,9 +162,9 @@ OPERATORS: tuple[Specimen, ...] = (
     _same("cosine", Operator(aten.cos.default), [1.0], [-1.0]),
     _same("times zero", Operator(aten.mul.Tensor, 0.0), [2.0], [3.0]),
     _back("clamp at infinity", Operator(aten.clamp.default, -torch.inf), lambda y: y),
-    Specimen("tangent", lambda g: Operator(aten.tan.default), pair=_period_apart, residue=Residue.EVERYTHING),
+    WitnessCase("tangent", lambda g: Operator(aten.tan.default), pair=_period_apart, residue=Residue.EVERYTHING),
     _same("leaky relu, negative slope", Operator(aten.leaky_relu.default, -0.5), [2.0], [-4.0]),
-    Specimen(
+    WitnessCase(
         "softplus, low threshold",
         lambda g: Operator(aten.softplus.default, 1.0, 0.0),
         pair=lambda f, g: (torch.zeros(1, dtype=F64), f(torch.zeros(1, dtype=F64))),  # above 0 it is the identity
@@ -171,7 +173,7 @@ OPERATORS: tuple[Specimen, ...] = (
     _same("division rounded down", Operator(aten.div.Tensor_mode, 2.0, rounding_mode="floor"), [2.0], [3.0]),
     _same("softmax of 1 element", Operator(aten._softmax.default, -1, False), [[1.0]], [[2.0]]),
     _same("softmax of 2 elements", Operator(aten._softmax.default, -1, False), [[1.0, 2.0]], [[3.0, 4.0]]),
-    Specimen(
+    WitnessCase(
         "group norm operator, groups of 8",
         lambda g: Operator(aten.native_group_norm.default, None, None, 3, 8, 1, 1, 1e-5, pick=0),
         sample=normal(3, 8),
@@ -241,7 +243,7 @@ OPERATORS: tuple[Specimen, ...] = (
 )
 # One key: its weight is 1 whatever the query, so the values pass through unchanged. With `v` as the only data input
 # this call preserves, with `q` it erases: why the publication calls fused attention context dependent.
-ATTENTION_ONE_KEY = Specimen(
+ATTENTION_ONE_KEY = WitnessCase(
     "attention over one key, values",
     lambda g: Operator(
         aten.scaled_dot_product_attention.default, torch.ones(1, 1, 2, dtype=F64), torch.ones(1, 1, 2, dtype=F64), ...

@@ -1,4 +1,4 @@
-"""Specimens of functions: activations, softmax, dropout, pooling, losses, routers, recurrent cells and composites."""
+"""Cases of functions: activations, softmax, dropout, pooling, losses, routers, recurrent cells and composites."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from bwsk.classification.specimens.make import F64, erases, from_module, normal, preserves
-from bwsk.classification.witness import Residue, Specimen, run
+from bwsk.classification.cases.make import F64, erases, from_module, normal, preserves
+from bwsk.classification.witness import Residue, WitnessCase, run
 
 # --- functions of single elements ------------------------------------------------------------------------------------
 
@@ -52,8 +52,8 @@ def _two(a: float, b: float) -> Callable[[Any, Generator], tuple[Tensor, Tensor]
     return lambda f, g: (torch.tensor([a, 1.5], dtype=F64), torch.tensor([b, 1.5], dtype=F64))
 
 
-def _one_branch_bit(name: str, build: Callable[[], nn.Module], turn: float) -> Specimen:
-    return Specimen(
+def _one_branch_bit(name: str, build: Callable[[], nn.Module], turn: float) -> WitnessCase:
+    return WitnessCase(
         name,
         from_module(build),
         sample=normal(4, 9),
@@ -89,14 +89,14 @@ def _saturated(low: float, high: float) -> Callable[[Any, Generator], tuple[Tens
     return lambda f, g: (torch.tensor([low]), torch.tensor([high]))
 
 
-TANH_PLATEAU = Specimen(
+TANH_PLATEAU = WitnessCase(
     "tanh in float32 at 20 and 21",
     lambda g: nn.Tanh(),
     pair=_saturated(20, 21),
     residue=Residue.EVERYTHING,
     saturates=True,
 )
-SIGMOID_PLATEAU = Specimen(
+SIGMOID_PLATEAU = WitnessCase(
     "sigmoid in float32 at 30 and 31",
     lambda g: nn.Sigmoid(),
     pair=_saturated(30, 31),
@@ -307,14 +307,14 @@ MIXING = (
     ),
 )
 RECURRENT = (
-    Specimen(
+    WitnessCase(
         "recurrent cell, full rank",
         _rnn(torch.tensor([[1.0, 0.5], [-0.5, 1.0]], dtype=F64)),
         sample=normal(3, 2),
         invert=_undo_rnn,
         bound=1e-6,
     ),
-    Specimen(
+    WitnessCase(
         "recurrent cell, rank one",
         _rnn(torch.tensor([[1.0, 1.0], [2.0, 2.0]], dtype=F64)),
         residue=Residue.EVERYTHING,
@@ -322,4 +322,4 @@ RECURRENT = (
     ),
 )
 
-FUNCTIONS: tuple[Specimen, ...] = (*ELEMENTWISE, *SOFTMAX, *MIXING, *RECURRENT)
+FUNCTIONS: tuple[WitnessCase, ...] = (*ELEMENTWISE, *SOFTMAX, *MIXING, *RECURRENT)

@@ -1,6 +1,6 @@
-"""How specimens are made: small real layers in double precision, with their evidence.
+"""How cases are made: small real layers in double precision, with their evidence.
 
-Double precision, so that what fails to come back was erased and not rounded away. The specimens themselves are in
+Double precision, so that what fails to come back was erased and not rounded away. The cases themselves are in
 `layers` (linear maps, convolutions, norms), `functions` (activations, softmax, dropout, pooling)
 and `operators` (single operators). See `bwsk.classification.witness` for what counts as evidence.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from bwsk.classification.witness import Residue, Specimen, fixed_draws
+from bwsk.classification.witness import Residue, WitnessCase, fixed_draws
 
 F64 = torch.float64
 
@@ -46,11 +46,11 @@ def normal(*shape: int) -> Callable[[Generator], Tensor]:
 
 def preserves(
     name: str, build: Any, shape: tuple[int, ...], invert: Any, *, bound: float = 1e-9, **more: Any
-) -> Specimen:
+) -> WitnessCase:
     """Evidence for S: a module and the inverse of what it does."""
-    return Specimen(name, from_module(build), sample=normal(*shape), invert=invert, bound=bound, **more)
+    return WitnessCase(name, from_module(build), sample=normal(*shape), invert=invert, bound=bound, **more)
 
 
-def erases(name: str, build: Any, pair: Any, **more: Any) -> Specimen:
+def erases(name: str, build: Any, pair: Any, **more: Any) -> WitnessCase:
     """Evidence for K: a module and two inputs that it maps to one output."""
-    return Specimen(name, from_module(build), pair=pair, residue=more.pop("residue", Residue.EVERYTHING), **more)
+    return WitnessCase(name, from_module(build), pair=pair, residue=more.pop("residue", Residue.EVERYTHING), **more)

@@ -1,4 +1,4 @@
-"""Specimens of layers with parameters: linear maps, lookups, convolutions and norms."""
+"""Cases of layers with parameters: linear maps, lookups, convolutions and norms."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from bwsk.classification.specimens.make import F64, erases, from_module, preserves
-from bwsk.classification.witness import Residue, Specimen
+from bwsk.classification.cases.make import F64, erases, from_module, preserves
+from bwsk.classification.witness import Residue, WitnessCase
 
 # --- linear maps -----------------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ LINEAR = (
     erases("linear 5->4", lambda: nn.Linear(5, 4), _integer_kernel_pair),
 )
 EMBEDDING = (
-    Specimen(
+    WitnessCase(
         "embedding",
         from_module(lambda: nn.Embedding(11, 6)),
         sample=lambda g: torch.randint(0, 11, (3, 7), generator=g),
@@ -130,7 +130,7 @@ EMBEDDING = (
     ),
 )
 POSITION = (
-    Specimen(
+    WitnessCase(
         "rotary positions",
         lambda g: _Rotary(),
         sample=lambda g: (torch.zeros(1, 7, 4, dtype=F64), torch.randint(0, 64, (1, 7), generator=g)),
@@ -236,7 +236,7 @@ def _undo_eval_batch_norm(m: Any, y: Tensor, _: Any) -> Tensor:
     return _affine(m, y, 1) * (m.running_var + m.eps).sqrt().reshape(s) + m.running_mean.reshape(s)
 
 
-def _layer_norm(width: int) -> Specimen:
+def _layer_norm(width: int) -> WitnessCase:
     return preserves(
         f"layer norm of {width} elements",
         lambda: nn.LayerNorm(width),
@@ -247,7 +247,7 @@ def _layer_norm(width: int) -> Specimen:
     )
 
 
-def _rms_norm(width: int) -> Specimen:
+def _rms_norm(width: int) -> WitnessCase:
     return preserves(
         f"rms norm of {width} elements",
         lambda: nn.RMSNorm(width, eps=1e-6),
@@ -300,4 +300,4 @@ BATCH_OFFSET = erases(
         torch.tensor([[3.0, 5, 7], [5, 7, 9]], dtype=F64).reshape(2, 3, 1, 1),
     ),
 )
-LAYERS: tuple[Specimen, ...] = (*LINEAR, *EMBEDDING, *POSITION, *CONVOLUTION, *NORMS)
+LAYERS: tuple[WitnessCase, ...] = (*LINEAR, *EMBEDDING, *POSITION, *CONVOLUTION, *NORMS)
