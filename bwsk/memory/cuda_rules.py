@@ -115,7 +115,19 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    return _FusedAttention.apply(q, k, v, attn_mask)
+    return _FusedAttention.apply(q, k, v, attn_mask if attn_mask is None else _aligned(attn_mask))
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """A bias as the kernel takes it: rows in one piece that begin at multiples of 8, or else a padded copy of it.
+
+    Older transformers (5.17) hand T5's position bias over as a transposed view, newer ones make it contiguous.
+    """
+    *strides, last = bias.stride()
+    if last == 1 and not any(stride % 8 for stride in strides):
+        return bias
+    columns = bias.shape[-1]
+    return torch.nn.functional.pad(bias, (0, 8 - columns % 8))[..., :columns]
 
 
 def _softmax(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -10,10 +10,12 @@ from threading import Barrier, Event
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BartConfig, BertConfig, CLIPConfig, GPT2Config, Phi3Config, T5Config
 from typer.testing import CliRunner
 
 from bwsk import BwskError, predict_memory
+from bwsk.memory.allocation_log import Tracker
 from bwsk.memory.cuda_rules import cuda_rules
 from bwsk.memory.fake_step import fake_step
 from bwsk.memory.prediction import largest_batch
@@ -168,6 +170,20 @@ def test_storages_of_zero_bytes_change_nothing(tiny):
     plain, empty = (fake_step(tiny, 2, 16, None, "fp32", prepare=prepare) for prepare in (None, keep_empty))
     assert 0 in empty.log.sizes.values()
     assert empty.summary("fused") == plain.summary("fused")
+
+
+def test_fused_attention_keeps_a_copy_of_a_bias_that_is_not_laid_out_for_it():
+    def kept(bias):
+        query = torch.empty(1, 8, 16, 64, requires_grad=True)
+        with Tracker() as tracker, cuda_rules():
+            known = {tracker.adopt(tensor) for tensor in (query, bias)}
+            out = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=bias)  # noqa: F841
+            return sum(tracker.log.sizes[n] for n in tracker.log.born.keys() - tracker.log.died.keys() - known)
+
+    with FakeTensorMode():
+        plain = kept(torch.empty(1, 8, 16, 16))
+        assert kept(torch.empty(1, 16, 16, 8).permute(0, 3, 1, 2)) == plain + 4 * 8 * 16 * 24
+        assert kept(torch.empty(1, 8, 16, 24)[..., :16]) == plain
 
 
 @pytest.mark.parametrize("mode", ["conventional", "checkpoint", "reversible"])
