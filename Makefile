@@ -45,6 +45,24 @@ test-slow: $(STAMP) ## The tests that take minutes each
 test-faults: $(STAMP) ## The full fault-injection suite: kills, bad input, determinism (at most 20 minutes)
 	$(BIN)/python -m pytest -m faults tests/faults
 
+# All requirements of pyproject.toml, its extras included, one a line.
+REQUIREMENTS := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*p["dependencies"], *(one for extra in p["optional-dependencies"].values() for one in extra), sep="\n")
+
+.PHONY: test-lowest test-newest
+test-lowest: CHANGE := s/>=/==/
+test-lowest: ## All quick tests with the lowest versions that pyproject.toml admits, in an environment of their own
+test-newest: CHANGE := s/>=.*//
+test-newest: ## All quick tests with the newest released versions, in an environment of their own
+test-lowest test-newest: test-%:
+	@echo 'Installing the $* versions into .venv-$*: gigabytes and some minutes'
+	$(PYTHON) -m venv --upgrade-deps .venv-$*
+	$(PYTHON) -c '$(REQUIREMENTS)' | sed '$(CHANGE)' > .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -r .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	.venv-$*/bin/python -m pytest -m "not slow and not faults or versions"; status=$$?; .venv-$*/bin/python --version; \
+	  .venv-$*/bin/python -m pip freeze | grep -iE '^(torch|transformers|huggingface.hub|snakemake|dvc)=='; exit $$status
+
 .PHONY: lint
 lint: $(STAMP) ## ruff, snakefmt, snakemake --lint
 	$(BIN)/ruff check .
