@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from bwsk import tested
 from bwsk.errors import BwskError
-from bwsk.memory.available import free_host_memory
+from bwsk.memory.prediction.available import free_host_memory
 from bwsk.study import hub
 from bwsk.study.params import DirectoryCorpus, Params, load_params
 
@@ -78,6 +79,8 @@ def _software() -> Iterator[Finding]:
             yield Finding(name, status, f"{', '.join(missing)} missing; have {have or 'none'}", advice)
         else:
             yield Finding(name, "ok", have)
+    for name, found, advice in tested.outside():
+        yield Finding(name, "warn", found, advice)
 
 
 def _version(name: str) -> str | None:
