@@ -68,7 +68,8 @@ def predict_memory(
 
     `model`: a model (only read), a config, a Hub id, a directory or a `config.json`. Lengths are in tokens (images take
     theirs from the config); `target_length` defaults to `input_length` and counts for encoder-decoder models only.
-    `precision`: "fp32", or float32 weights under autocast "bf16" or "fp16". `budget`: as for `make_reversible`, in mode "reversible" only.
+    `precision`: "fp32", or float32 weights under autocast "bf16" or "fp16". `budget`: as for `make_reversible`, in mode
+    "reversible" only.
     `optimizer`: AdamW "fused", "foreach" or "loop"; default is what PyTorch picks by itself on CUDA (foreach), and
     fused in mode "reversible". Raises `BwskError` on arguments or models it cannot use.
     """

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from bwsk import tested
 from bwsk.errors import BwskError
-from bwsk.memory.prediction.available import free_host_memory
+from bwsk.memory.available import free_host_memory
 from bwsk.study import hub
+from bwsk.study import tested_versions as tested
 from bwsk.study.params import DirectoryCorpus, Params, load_params
 
 Status = Literal["ok", "warn", "fail"]

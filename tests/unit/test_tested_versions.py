@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import bwsk
-from bwsk import tested
-from bwsk.doctor import Finding, examine, runs
+from bwsk.study import tested_versions as tested
+from bwsk.study.doctor import Finding, examine, runs
 
 ROOT = Path(__file__).parents[2]
 
