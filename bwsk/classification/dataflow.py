@@ -54,6 +54,11 @@ class Flow:
     returned: frozenset[int]
     fewer: bool
 
+    @property
+    def reads(self) -> bool:
+        """Whether any operator reads the input itself, and not its shape alone."""
+        return any(0 in step.inputs for step in self.steps)
+
     def kept(self, undone: Callable[[Step], bool]) -> tuple[bool, list[Step]]:
         """Whether the input comes back from what is returned by undoing steps for which `undone` holds; and those.
 

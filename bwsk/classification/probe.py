@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,12 +35,13 @@ def probe_key(module: nn.Module) -> Any:
 
 
 class _Probe:
-    """A module with random stand-ins for its parameters, called on double-precision inputs."""
+    """A module with random stand-ins for its parameters, called on inputs of one precision."""
 
-    def __init__(self, module: nn.Module, *, meta: bool = False) -> None:
+    def __init__(self, module: nn.Module, *, meta: bool = False, dtype: torch.dtype = torch.float64) -> None:
         """On the meta device it has shapes only."""
         self.module = module
         self.device = "meta" if meta else "cpu"
+        self.dtype = dtype
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.elements = sum(t.numel() for t in state.values())
         self.state = {n: self._stand_in(t) for n, t in state.items()}
@@ -51,22 +52,26 @@ class _Probe:
     def _stand_in(self, t: Tensor) -> Tensor:
         # Positive, so that a slope or a scale among them does not flip a sign; float tensors only, the rest is zero.
         if t.is_floating_point():
-            return torch.rand(t.shape, dtype=torch.float64, device=self.device) + 0.5
+            return torch.rand(t.shape, dtype=self.dtype, device=self.device) + 0.5
         return torch.zeros(t.shape, dtype=t.dtype, device=self.device)
 
     def __call__(self, *inputs: Any) -> Any:
-        return torch.func.functional_call(self.module, self.state, inputs)
+        # A twin each time: what one call keeps for the next would pass for what the module computes.
+        return torch.func.functional_call(_detached(self.module), self.state, inputs)
 
 
 def by_probe(module: nn.Module) -> OpInfo:
     """Kind and facts of a module by its behaviour, or else by the operators that it dispatches."""
     # The grid of numbers is fixed; what is drawn comes from a private copy of the generator.
     with torch.no_grad(), fixed_draws():
-        module = _detached(module)
         shapes = _Probe(module, meta=True)
-        small = _Probe(module) if shapes.elements <= _PROBE_ELEMENTS else None
-        tests = [(_elementwise, small), (_rotary, small), (_row_function, small), (_table, shapes)]
-        for test, probe in [*tests, (_operations, shapes), (_operations, small)]:
+        runs = shapes.elements <= _PROBE_ELEMENTS
+        small = _Probe(module) if runs else None
+        single = _Probe(module, dtype=torch.float32) if runs else None  # some cast their input to what their weight was
+        table = _Probe(_narrow(module)) if isinstance(module, nn.Embedding) else small
+        tests = [(_elementwise, small), (_position, table), (_row_function, small), (_row_function, single)]
+        tests += [(_table, shapes), (_lookup, table), (_operations, shapes), (_operations, small)]
+        for test, probe in tests:
             found = _attempt(test, probe) if probe else None
             if found:
                 return _with_rank(found, small) if "flow" in found.facts else found
@@ -79,6 +84,18 @@ def _detached(module: nn.Module) -> nn.Module:
     for name, value in vars(module).items():
         if isinstance(value, (dict, list, set)):
             vars(twin)[name] = type(value)() if name.endswith("_hooks") else copy.copy(value)
+    return twin
+
+
+def _narrow(module: nn.Embedding) -> nn.Embedding:
+    """The same table with rows of at most eight numbers: which row is looked up does not hang on its length."""
+    twin = _detached(module)
+    width = min(8, module.embedding_dim)
+    twin._parameters = {
+        n: None if p is None else nn.Parameter(p[..., :width] if p.shape[-1:] == (module.embedding_dim,) else p)
+        for n, p in module._parameters.items()
+    }
+    twin.embedding_dim = width
     return twin
 
 
@@ -152,46 +169,101 @@ def _random_zeroing(probe: _Probe) -> OpInfo | None:
     return None
 
 
-def _rotary(probe: _Probe) -> OpInfo | None:
-    positions = torch.arange(5).reshape(1, 5)
-    out = probe(torch.zeros(1, 5, 8, dtype=torch.float64), positions)
-    if not (isinstance(out, tuple) and len(out) == 2 and all(isinstance(t, Tensor) for t in out)):
+_PLACES = 5
+
+
+def _position(probe: _Probe) -> OpInfo | None:
+    """A code of its own for each place, with no activation in it: rotary, sinusoidal and learned positions."""
+    for given in _places(probe):
+        try:
+            codes, again = _codes(probe(*given)), _codes(probe(*given))
+            reads = _is_real(given[0]) and dispatched(lambda _, given=given: probe(*given), given[0]).reads
+        except Exception:
+            continue
+        if codes is None or again is None or not torch.equal(codes, again) or reads:  # drawn, or made of data
+            continue
+        views = (codes.flatten(0, -2), *((codes.flatten(1).T,) if codes.dim() > 2 else ()))
+        for rows in views:  # the code lies in the last dimension or, of an image, in the first
+            if len(rows) >= _PLACES and len(rows.unique(dim=0)) == len(rows):
+                return OpInfo("position", {}, "behaviour")
+    return None
+
+
+def _places(probe: _Probe) -> Iterator[tuple[Any, ...]]:
+    """What position modules are fed: activations, a mask, a shape or a length, none of which tells the places apart.
+
+    Or the positions themselves beside an activation, with the type of the layer where the module knows several.
+    """
+    where, mask = torch.arange(_PLACES).reshape(1, _PLACES), torch.ones(1, _PLACES, dtype=torch.long)
+    grid = torch.cartesian_prod(torch.arange(2), torch.arange(_PLACES))
+    config = getattr(probe.module, "config", None)
+    layers = getattr(probe.module, "layer_types", None) or getattr(config, "layer_types", None) or ()
+    for width in probe.widths or [8]:
+        x = torch.randn(1, _PLACES, width, dtype=probe.dtype)
+        for positions in (where, where.expand(3, 1, _PLACES), grid, grid[None]):
+            yield x, positions
+            for layer in sorted(set(layers)):
+                yield x, positions, layer
+        yield (x,)
+        yield torch.Size((1, width, _PLACES, _PLACES)), x.device, x.dtype
+    yield (mask,)
+    yield (mask[None],)
+    yield (mask.shape,)
+    yield mask.shape, mask.device
+    yield (_PLACES,)
+
+
+def _codes(out: Any) -> Tensor | None:
+    """The floating point tensors of an output, side by side and without a batch of one; None if they hold no rows."""
+    tensors = [torch.view_as_real(t).flatten(-2) if t.is_complex() else t for t in tree_leaves(out) if _is_real(t)]
+    if not tensors or any(t.shape[:-1] != tensors[0].shape[:-1] for t in tensors):
         return None
-    squares = out[0].double() ** 2 + out[1].double() ** 2
-    return OpInfo("position", {}, "behaviour") if float((squares - squares.mean()).abs().max()) < 1e-3 else None
+    codes = torch.cat([t.double() for t in tensors], -1)
+    while codes.dim() > 2 and len(codes) == 1:
+        codes = codes[0]
+    return codes if codes.dim() >= 2 else None
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _row_function(probe: _Probe) -> OpInfo | None:
     """Norms and softmax: functions of rows that are what defines them."""
-    for width in probe.widths or [8]:
-        for shape in ((3, width), (2, 5, width), (2, width, 3, 3), (2, width, 5)):
-            x = torch.randn(shape, dtype=torch.float64)
-            try:
-                y = probe(30 * x)  # large against any epsilon
-            except Exception:
-                continue
-            if isinstance(y, Tensor) and y.is_floating_point() and y.shape == x.shape:
-                return _norm(probe, x, y.double(), width) or _softmax(probe, x)
+    shapes = [(s, w) for w in probe.widths or [8] for s in ((3, w), (2, 5, w), (2, w, 3, 3), (2, w, 5))]
+    heads = [tuple(t.shape) for t in probe.state.values() if t.dim() == 2]  # a scale for each feature of each head
+    for shape, width in shapes + [((2, 5, *s), math.prod(s)) for s in heads]:
+        x = torch.randn(shape, dtype=probe.dtype)
+        try:
+            y = probe(30 * x)  # large against any epsilon
+        except Exception:
+            continue
+        if isinstance(y, Tensor) and y.is_floating_point() and y.shape == x.shape:
+            return _norm(probe, x, y.double(), width) or _softmax(probe, x)
     return None
 
 
 def _norm(probe: _Probe, x: Tensor, y: Tensor, width: int) -> OpInfo | None:
-    """y = (x - m) / s * w + b, with a scale s (and mean m) per row and w and b per feature.
+    """y = (x - m) / s * w + b, with a scale s (and mean m) per row or part of a row, and w and b per feature.
 
     b is what a row of zeros gives; then log|y - b| - log|x - m| is a sum of a part per row and a part per feature.
     """
     scaled = probe(90 * x).double()
     if not torch.allclose(scaled, y, rtol=1e-4, atol=1e-4 * float(y.abs().max())) or torch.equal(y, 30 * x):
         return None
-    y = y - probe(torch.zeros_like(x)).double()
-    for axis in {-1, 1}:
-        if x.shape[axis] == width and width > 1:
-            for kind, rows in (("rms_norm", x), ("layer_norm", x - x.mean(axis, keepdim=True))):
-                ratio = (y / rows).movedim(axis, -1).reshape(-1, width)
-                if (ratio != 0).all() and torch.allclose(
-                    ratio * ratio[0, 0], ratio[:1] * ratio[:, :1], rtol=1e-3, atol=0
-                ):
-                    return OpInfo(kind, {"size": width}, "behaviour")
+    y, x = y - probe(torch.zeros_like(x)).double(), x.double()
+    axes = [axis for axis in (-1, 1) if x.shape[axis] == width] or [None]  # None: all but the first two dimensions
+    sizes = [n for n in range(width, 2, -1) if width % n == 0] or [2]
+    for axis, size in ((axis, size) for axis in axes for size in sizes if width > 1):
+        parts, out = (
+            (t if axis is None else t.movedim(axis, -1)).reshape(-1, width // size, size) for t in (x, y)
+        )  # rows, parts of a row, features of a part
+        for kind, rows in (("rms_norm", parts), ("layer_norm", parts - parts.mean(-1, keepdim=True))):
+            ratio = out / rows
+            if (ratio != 0).all() and torch.allclose(
+                ratio * ratio[:1, :, :1], ratio[:1] * ratio[:, :, :1], rtol=1e-3, atol=0
+            ):
+                return OpInfo(kind, {"size": size}, "behaviour")
     return None
 
 
@@ -210,7 +282,9 @@ def _softmax(probe: _Probe, x: Tensor) -> OpInfo | None:
 # --- 3. operations ---------------------------------------------------------------------------------------------------
 
 _ARITHMETIC = frozenset({"elementwise_constant", "reshape", "identity", "widening_cast"})
-_CORES = frozenset({"linear", "convolution", "transposed_convolution", "embedding"})
+_CORES = frozenset({
+    "linear", "convolution", "transposed_convolution", "embedding", "layer_norm", "rms_norm", "group_norm",
+})  # fmt: skip
 
 
 def _table(probe: _Probe) -> OpInfo | None:
@@ -228,6 +302,22 @@ def _table(probe: _Probe) -> OpInfo | None:
         if not flow.steps:  # the shape is all that it looks at
             return OpInfo("position", {}, "operations")
         return _core(flow, x) or OpInfo("composite", {"flow": flow}, "operations")
+    return None
+
+
+def _lookup(probe: _Probe) -> OpInfo | None:
+    """A row for each index, the same wherever it stands and no other index's; numbers that are no index are refused."""
+    count = getattr(probe.module, "num_embeddings", _PLACES)
+    index = torch.randperm(count).reshape(1, count)
+    rows = probe(index)
+    if not _is_real(rows) or rows.shape[:-1] != index.shape or len(rows[0].unique(dim=0)) < count:
+        return None
+    if not torch.equal(probe(index.flip(1)), rows.flip(1)) or not torch.equal(probe(index[:, :1]), rows[:, :1]):
+        return None
+    try:
+        probe(index.double())
+    except Exception:
+        return OpInfo("embedding", {"rows": count, "out": rows.shape[-1]}, "behaviour")
     return None
 
 
@@ -283,5 +373,6 @@ def _core(flow: Flow, x: Tensor) -> OpInfo | None:
         return OpInfo("linear", {"in": x.shape[-1], "out": x.shape[-1]}, "operations")
     if not cores or cores[0].kind not in _CORES:
         return None
-    facts = {key: value for key, value in cores[0].facts.items() if key != "length"}  # that of the probe
+    of_probe = {"length", "size"} if cores[0].kind == "group_norm" else {"length"}  # sizes that are the probe's
+    facts = {key: value for key, value in cores[0].facts.items() if key not in of_probe}
     return OpInfo(cores[0].kind, facts, "operations")
