@@ -45,12 +45,12 @@ from bwsk.study.checkpoint import optimizer_state, random_states, restore_optimi
 from bwsk.study.device import configure
 from bwsk.study.model import load_weights, weights
 from bwsk.study.train_step import make_optimizer, make_step
+from bwsk.units import MIB
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # How the name of a mode continues after "reversible-": the budget.
 MODES = ("conventional", "reversible-fast", "reversible-max")
 RECIPE = SimpleNamespace(betas=[0.9, 0.999], eps=1e-8, weight_decay=0.01)
-MIB = 2**20
 
 
 class Outcome(dict):

@@ -25,6 +25,7 @@ from bench.rivals import RIVALS, Rival, autocast, batch_of, config, running
 from bwsk.budget import MIB
 from bwsk.memory.prediction import predict_memory
 from bwsk.reversible.handle import curve_of
+from bwsk.units import MIB
 
 
 def predicted(config: Any, rival: Rival, shape: tuple[int, int, int], precision: str, attention: str):

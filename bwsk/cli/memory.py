@@ -78,6 +78,7 @@ def memory(
     from bwsk.cli.tables import memory_table
     from bwsk.files import write_json
     from bwsk.memory.prediction import largest_batch, predict_memory
+    from bwsk.units import MIB
 
     config = load_config(model)
     step = {

@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 
 from bwsk.cli.output import console, numbers, say, table
-from bwsk.study.card import ABSENT, compact, number, percent
+from bwsk.study.formats import ABSENT, compact, number, percent
 
 
 def print_results(collected: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ from rich.markup import escape
 
 from bwsk.budget import MIB
 from bwsk.cli.output import console, numbers, say, table
-from bwsk.study.card import ABSENT, number
-from bwsk.study.compare import FIGURES, Change
+from bwsk.study.compare import DECIMALS, Change
+from bwsk.study.formats import ABSENT, number
+from bwsk.units import MIB
 
 if TYPE_CHECKING:  # these import torch, for which compare need not wait
     from bwsk.memory.prediction import Prediction
@@ -112,8 +113,8 @@ def compare_table(changes: list[Change], a: str, b: str) -> None:
 def _side(change: Change, value: Any) -> str:
     if value is None:
         return ABSENT
-    if change.name in FIGURES and isinstance(value, (int, float)):
-        return number(value, FIGURES[change.name])
+    if change.name in DECIMALS and isinstance(value, (int, float)):
+        return number(value, DECIMALS[change.name])
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

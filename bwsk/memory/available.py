@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bwsk.budget import MIB
+from bwsk.units import MIB
 
 if TYPE_CHECKING:
     import torch

@@ -18,10 +18,10 @@ import yaml
 from bwsk.errors import BwskError
 from bwsk.files import write_text
 from bwsk.study import publication
+from bwsk.study.formats import ABSENT, compact, duration, number, percent
 from bwsk.study.params import DirectoryBase, HubBase, HubCorpus, Params
-from bwsk.study.repository import CARD, FIGURES, TEMPLATE
+from bwsk.study.repository import CARD, PLOTS, TEMPLATE
 
-ABSENT = "—"
 LICENSE = "mit"
 INITS = {"finetune": "Fine-tune", "scratch": "From Scratch"}
 MODES = {"conventional": "Conventional", "bwsk-analyzed": "BWSK Analyzed", "bwsk-reversible": "BWSK Reversible"}
@@ -30,7 +30,7 @@ _PRECISIONS = {"float16": "AMP (float16)", "bfloat16": "AMP (bfloat16)", "float3
 
 
 @dataclass(frozen=True)
-class Row:
+class CardRow:
     """A line of a result table, as text."""
 
     variant: str
@@ -44,11 +44,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class CardTable:
     """The result table of one initialisation; `saving` is the sentence below it."""
 
     title: str
-    rows: list[Row]
+    rows: list[CardRow]
     saving: str
 
 
@@ -184,38 +184,16 @@ def html(card: Path) -> str:
 
     body = re.sub(r"^---\n.*?\n---\n", "", card.read_text(encoding="utf-8"), count=1, flags=re.DOTALL)
     page = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
-    for name in FIGURES:
+    for name in PLOTS:
         data = base64.b64encode((card.parent / "figures" / name).read_bytes()).decode()
         page = page.replace(f'src="figures/{name}"', f'src="data:image/png;base64,{data}"')
     return _PAGE.replace("BODY", page)
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A figure with `digits` decimals, thousands separated; a dash if it is absent."""
-    return ABSENT if value is None else f"{value:,.{digits}f}"
-
-
-def compact(value: float | None) -> str:
-    """A size or a time without its unit: one decimal below 100, where a whole number would say too little."""
-    return number(value, 1 if value is not None and value < 100 else 0)
-
-
-def percent(share: float | None) -> str:
-    """A share as per cent with one decimal; a dash if it is absent."""
-    return ABSENT if share is None else f"{100 * share:.1f}%"
 
 
 def escaped(text: str) -> str:
     """A user's text so that it is itself in a Markdown line or table cell."""
     text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", text)
-
-
-def duration(seconds: float) -> str:
-    """`13.7m` as published; seconds below a minute, hours from two on."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    return f"{seconds / 60:.1f}m" if seconds < 7200 else f"{seconds / 3600:.1f}h"
 
 
 def _context(params: Params, results: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +213,7 @@ def _context(params: Params, results: dict[str, Any]) -> dict[str, Any]:
         else None,
         "base_url": f"https://huggingface.co/{_base_model(params)}" if _base_model(params) else None,
         "publication": publication,
-        "figures": FIGURES,
+        "plots": PLOTS,
         "devices": ["the CPU" if device == "cpu" else device for device in devices],
         "precision": _PRECISIONS[params.train.precision],
         "versions": next(iter(variants.values()))["provenance"]["versions"],
@@ -247,9 +225,9 @@ def _context(params: Params, results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _table(results: dict[str, Any], init: str) -> Table:
+def _table(results: dict[str, Any], init: str) -> CardTable:
     rows = [
-        Row(
+        CardRow(
             variant=name,
             mode=MODES[figures["mode"]],
             loss=number(figures["final_train_loss"], 4),
@@ -264,7 +242,7 @@ def _table(results: dict[str, Any], init: str) -> Table:
     ]
     saving = results["memory_saving"][init]
     kind = next((kind for kind in ("measured", "predicted") if saving[kind] is not None), None)
-    return Table(INITS[init], rows, f"{percent(saving[kind])} ({kind})" if kind else f"{ABSENT} ¹")
+    return CardTable(INITS[init], rows, f"{percent(saving[kind])} ({kind})" if kind else f"{ABSENT} ¹")
 
 
 def _memory(figures: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from bwsk.errors import BwskError
 from bwsk.files import flat, read_json, write_json
 from bwsk.study.card import check_header, render
 from bwsk.study.params import SPLITS, Params
-from bwsk.study.repository import CARD, FIGURES, RESULTS, TEMPLATE, repository_files
+from bwsk.study.repository import CARD, PLOTS, RESULTS, TEMPLATE, repository_files
 from bwsk.study.results import gather, read_results
 from bwsk.study.staleness import current_results, current_training, present
 
@@ -126,11 +126,11 @@ def _card(params: Params, study: Path, template: Path) -> Iterator[Check]:
     if text != render(params, results, template):
         raise BwskError(f"{path}: is not the card of results.json; write it again: bwsk card {study}")
     yield Check("card", str(path), "rendered again from results.json: the same")
-    for name in FIGURES:
+    for name in PLOTS:
         picture = present(study, f"results/figures/{name}")
         if not picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n"):
             raise BwskError(f"{picture}: not a PNG file; draw it again: bwsk card {study}")
-    yield Check("figures", str(study / "results" / "figures"), ", ".join(FIGURES))
+    yield Check("figures", str(study / "results" / "figures"), ", ".join(PLOTS))
 
 
 def _variant(params: Params, study: Path, variant: str) -> Iterator[Check]:
@@ -173,19 +173,21 @@ def _generate(root: Path, variant: str, parameters: int) -> str:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
 
+    from bwsk.study.model import without_progress_bars
+
     folder = root / variant
     config = read_json(folder / "config.json")
     if "auto_map" in config:
         raise BwskError(f"{folder / 'config.json'}: asks for code from the repository (auto_map); remove it")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     offline: dict[str, Any] = {"subfolder": variant, "local_files_only": True, "trust_remote_code": False}
     try:
-        model, problems = AutoModelForSeq2SeqLM.from_pretrained(
-            root, use_safetensors=True, output_loading_info=True, **offline
-        )
-        tokenizer = AutoTokenizer.from_pretrained(root, **offline)
+        with without_progress_bars():
+            model, problems = AutoModelForSeq2SeqLM.from_pretrained(
+                root, use_safetensors=True, output_loading_info=True, **offline
+            )
+            tokenizer = AutoTokenizer.from_pretrained(root, **offline)
     except Exception as error:  # transformers raises many kinds; a stranger sees only that it does not load
         raise BwskError(f"{folder}: does not load ({' '.join(str(error).split())[:160]})") from None
     finally:

@@ -15,7 +15,7 @@ from bwsk.study import publication
 from bwsk.study.comparability import Aspect, Difference, Results, differences
 from bwsk.study.params import Params
 
-Verdict = Literal["reproduced", "exceeded", "not reproduced", "not comparable"]
+Outcome = Literal["reproduced", "exceeded", "not reproduced", "not comparable"]
 
 MODEL: frozenset[Aspect] = frozenset({"model"})
 QUALITY: frozenset[Aspect] = frozenset({"model", "data", "recipe", "device"})
@@ -35,7 +35,7 @@ class Tolerance:
     relative: bool
     better: Literal["lower", "higher"] | None = None
 
-    def judge(self, published: float, ours: float) -> Verdict:
+    def judge(self, published: float, ours: float) -> Outcome:
         """`reproduced` within the width, else `exceeded` on the better side, else `not reproduced`."""
         deviation = (ours - published) / published if self.relative else ours - published
         # Rounding of the arithmetic itself must not decide at the very edge.
@@ -59,7 +59,7 @@ class Identical:
 
     slack: float
 
-    def judge(self, published: float, ours: float) -> Verdict:
+    def judge(self, published: float, ours: float) -> Outcome:
         """`exceeded` at no spread at all, `reproduced` up to `slack` above the published one."""
         if ours == 0.0:
             return "exceeded"
@@ -100,7 +100,7 @@ def judge(params: Params, results: Results) -> list[dict[str, Any]]:
 def _judged(claim: Claim, params: Params, results: Results, differing: list[Difference]) -> dict[str, Any]:
     ours = claim.measure(results)
     in_the_way = [difference.text for difference in differing if difference.aspect in claim.needs]
-    verdict: Verdict = "not comparable"
+    verdict: Outcome = "not comparable"
     if params.study.published is None:
         reason = "study.published is null: the study is compared with no publication"
     elif in_the_way:

@@ -17,7 +17,7 @@ from bwsk.errors import BwskError
 from bwsk.files import read_json
 
 # Figures of a variant that are compared, with the decimals they are shown with.
-FIGURES = {
+DECIMALS = {
     "final_train_loss": 4,
     "best_val_metric": 3,
     "test_metric": 3,
@@ -80,7 +80,7 @@ def _figures(variant: dict[str, Any] | None) -> dict[str, Any]:
     if variant is None:
         return {}
     sha256 = variant.get("provenance", {}).get("weights_sha256")
-    return {**{key: variant.get(key) for key in FIGURES}, "weights": sha256 and sha256[:12]}
+    return {**{key: variant.get(key) for key in DECIMALS}, "weights": sha256 and sha256[:12]}
 
 
 def _compared(group: str, a: dict[str, Any], b: dict[str, Any]) -> list[Change]:

@@ -10,7 +10,7 @@ import torch
 
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file
-from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
+from bwsk.study.agreement import agree
 from bwsk.study.corpus import decode_text, split_lines
 from bwsk.study.device import check_precision, configure, device_name, pick_device
 from bwsk.study.model import load_model
@@ -20,9 +20,6 @@ from bwsk.study.progress import progress
 from bwsk.study.provenance import identity, versions
 from bwsk.study.tokenizer import load_tokenizer
 from bwsk.study.tokens import load_tokens, tokenize
-
-# What training recorded and what the saved weights give may differ by rounding alone (batches, attention kernels).
-TOLERANCE = 1e-4
 
 
 def evaluate_variant(params: Params, variant: Path, tokens: Path, gpus: int) -> dict[str, Any]:
@@ -53,7 +50,7 @@ def evaluate_variant(params: Params, variant: Path, tokens: Path, gpus: int) -> 
     recorded = {"validation": trained["best_val_metric"], "test": trained["test_metric"]}
     for split, value in recorded.items():
         found = splits[split].published_perplexity
-        if abs(found - value) > TOLERANCE * value:
+        if not agree(found, value):
             raise BwskError(
                 f"{variant}: {split} perplexity of the saved weights is {found:.6g}, training recorded {value:.6g}; "
                 "train this variant again"

@@ -7,7 +7,8 @@ default `sdpa` picks kernels by device, so its numbers are not comparable betwee
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,18 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from bwsk.errors import BwskError
 
 if TYPE_CHECKING:
     from bwsk.study.params import Init
 
-# Its bars for loading and saving would end up as noise in the logs of jobs.
-disable_progress_bar()
-
 ATTENTION = "eager"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Load and save without transformers' progress bars, which are noise in the log of a job; restored on leaving."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def initial_model(init: Init, base: Path, seed: int) -> PreTrainedModel:
@@ -56,16 +66,17 @@ def load_model(root: Path, subfolder: str = "", attention: str | None = None) ->
         if not (path / name).is_file():
             raise BwskError(f"{path}: has no {name}; name the folder of a model saved by `save_pretrained`")
     try:
-        model, problems = AutoModelForSeq2SeqLM.from_pretrained(
-            root,
-            subfolder=subfolder,
-            dtype=torch.float32,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with without_progress_bars():
+            model, problems = AutoModelForSeq2SeqLM.from_pretrained(
+                root,
+                subfolder=subfolder,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers raises many kinds; the user needs the folder and the reason
         raise BwskError(f"{path}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     if lacking := sorted(problems["missing_keys"]):
@@ -75,7 +86,8 @@ def load_model(root: Path, subfolder: str = "", attention: str | None = None) ->
 
 def save_variant(model: PreTrainedModel, tokenizer: Path, out: Path) -> None:
     """Write `config.json`, `generation_config.json`, `model.safetensors` and the tokenizer's files into `out`."""
-    model.save_pretrained(out)
+    with without_progress_bars():
+        model.save_pretrained(out)
     for name in TOKENIZER_FILES:
         shutil.copyfile(tokenizer / name, out / name)
 

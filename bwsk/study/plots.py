@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from bwsk.files import atomic_directory
-from bwsk.study.repository import FIGURES
+from bwsk.study.repository import PLOTS
+from bwsk.units import MIB
 
 _INITS = {"finetune": "Fine-tune", "scratch": "From scratch"}
 _MODES = {"conventional": "conventional", "bwsk-analyzed": "BWSK analyzed", "bwsk-reversible": "BWSK reversible"}
@@ -52,29 +50,34 @@ _STYLE = {
     "savefig.dpi": 120,
 }
 _RINGS = 12  # markers along a curve
-_MIB = 2**20
 
 
 def draw(results: dict[str, Any], trainings: dict[str, dict[str, Any]], out: Path) -> list[Path]:
-    """Write the `FIGURES` of the layout into `out`; `trainings` are the training_results.json by variant."""
+    """Write the `PLOTS` of the repository into `out`; `trainings` are the training_results.json by variant."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}), atomic_directory(out) as folder:
         pictures = (
             _curves(trainings, "train_loss_steps", "train_loss_curve", "training loss (nats per token)"),
             _curves(trainings, "val_steps", "val_perplexity_curve", "validation perplexity", log=True),
             _cost(results),
         )
-        for name, picture in zip(FIGURES, pictures, strict=True):
+        for name, picture in zip(PLOTS, pictures, strict=True):
             # Without the version of the software in it, the bytes depend on the picture alone.
             picture.savefig(folder / name, metadata={"Software": None})
-            plt.close(picture)
-    return [out / name for name in FIGURES]
+    return [out / name for name in PLOTS]
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side. It has a canvas of its own, so matplotlib's global backend stays as it is."""
+    picture = Figure(figsize=(4.1 * count + 0.4, 3.4))
+    FigureCanvasAgg(picture)
+    return picture, list(picture.subplots(1, count, squeeze=False)[0])
 
 
 def _curves(trainings: dict[str, dict[str, Any]], steps: str, values: str, label: str, log: bool = False) -> Figure:
     """One panel per initialisation, one line per mode."""
     inits = [init for init in _INITS if any(training["init"] == init for training in trainings.values())]
-    picture, panels = plt.subplots(1, len(inits), figsize=(4.1 * len(inits) + 0.4, 3.4), squeeze=False)
-    for axes, init in zip(panels[0], inits, strict=True):
+    picture, panels = _panels(len(inits))
+    for axes, init in zip(panels, inits, strict=True):
         modes = [training for training in trainings.values() if training["init"] == init]
         for order, training in enumerate(modes):
             mode = training["mode"]
@@ -94,8 +97,8 @@ def _curves(trainings: dict[str, dict[str, Any]], steps: str, values: str, label
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if log:
             _log_scale(axes)
-    panels[0][0].set_ylabel(label)
-    _legend(picture, panels[0][0])
+    panels[0].set_ylabel(label)
+    _legend(picture, panels[0])
     return picture
 
 
@@ -123,17 +126,16 @@ def _cost(results: dict[str, Any]) -> Figure:
         ),
         (None, None),
     )
-    panels = 1 if key is None else 2
-    picture, axes = plt.subplots(1, panels, figsize=(4.1 * panels + 0.4, 3.4), squeeze=False)
-    time = axes[0][-1]
+    picture, panels = _panels(1 if key is None else 2)
+    time = panels[-1]
     if key is not None:
-        memory = axes[0][0]
+        memory = panels[0]
         memory.set_title(f"Peak memory of a training step ({kind})")
         small = max(figures[key] for figures in variants.values()) < 100
         text = "{:,.1f}" if small else "{:,.0f}"
         _bars(memory, variants, key, "MiB", text)
         # float32 weights, their gradients and AdamW's two moments: no activation trick gets below.
-        floor = 4 * 4 * results["base"]["parameters"] / _MIB
+        floor = 4 * 4 * results["base"]["parameters"] / MIB
         outline = [withStroke(linewidth=2.6, foreground="white")]
         memory.axhline(floor, color="#333333", linewidth=1.0, linestyle=(0, (4, 3)), path_effects=outline)
         memory.set_xlabel(f"dashed: weights, gradients and optimizer alone ({text.format(floor)} MiB)", fontsize=8)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from bwsk.units import MIB
+
 REPOSITORY = "tzervas/bwsk-t5-small"
 SOFTWARE_URL = "https://github.com/tzervas/ai-s-combinator"
 BASE_ID = "google-t5/t5-small"
@@ -25,7 +27,7 @@ S_MODULES, K_MODULES, LEAF_MODULES = 134, 56, 190
 ROWS = MappingProxyType({"train": 36_718, "validation": 3_760, "test": 4_358})
 TRAIN_BLOCKS = range(5_541, 5_545)
 # One float32 copy of the weights in MiB: what the published peaks contain too much.
-LEAKED_MIB = PARAMETERS * 4 / 2**20
+LEAKED_MIB = PARAMETERS * 4 / MIB
 # The framework's own second benchmark, of training steps alone (300 steps, RTX 5080), in seconds. It has no leak and
 # peaks at 1982.85 and 1176.84 MiB, which confirms the arithmetic.
 STEPS_ONLY_S = MappingProxyType({"conventional": 9.61, "bwsk-reversible": 12.14})

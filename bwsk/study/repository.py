@@ -6,7 +6,7 @@ from pathlib import Path
 
 RESULTS = "results.json"
 CARD = "README.md"
-FIGURES = ("loss.png", "perplexity.png", "memory_and_time.png")  # in figures/
+PLOTS = ("loss.png", "perplexity.png", "memory_and_time.png")  # in figures/
 WEIGHTS = "model.safetensors"
 SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 VARIANT = (WEIGHTS, *SETTINGS, "training_results.json")
@@ -17,5 +17,5 @@ TEMPLATE = WORKFLOW / "templates" / "model_card.md.j2"
 
 def repository_files(variants: list[str]) -> set[Path]:
     """All files of the repository of a study with these variants, relative to `results/`."""
-    shared = {Path(RESULTS), Path(CARD), *(Path("figures") / name for name in FIGURES)}
+    shared = {Path(RESULTS), Path(CARD), *(Path("figures") / name for name in PLOTS)}
     return shared | {Path(variant) / name for variant in variants for name in VARIANT}

@@ -13,6 +13,7 @@ from typing import Any
 
 from bwsk.errors import BwskError
 from bwsk.files import write_json, write_text
+from bwsk.study.agreement import agree
 from bwsk.study.claims import judge
 from bwsk.study.comparability import differences
 from bwsk.study.params import Params
@@ -20,11 +21,8 @@ from bwsk.study.provenance import identity
 from bwsk.study.schemas import read_checked
 from bwsk.study.staleness import current_evaluation, current_inputs, current_training, force
 
-# Training and evaluation compute the same perplexity; batches and kernels may differ in rounding alone.
-TOLERANCE = 1e-4
-
 # Fields of training_results.json that results.json repeats; the curves stay where they are.
-FIGURES = (
+COLUMNS = (
     "final_train_loss",
     "best_val_metric",
     "test_metric",
@@ -118,7 +116,7 @@ def write_table(results: dict[str, Any], path: Path) -> None:
     rows = [
         {
             "variant": name,
-            **{key: figures[key] for key in FIGURES},
+            **{key: figures[key] for key in COLUMNS},
             **{
                 f"{split}_{key}": figures["evaluation"][split][key]
                 for split in ("validation", "test")
@@ -166,7 +164,7 @@ def _same_windows(params: Params, study: Path, name: str, evaluation: dict[str, 
 def _agree(study: Path, name: str, training: dict[str, Any], evaluation: dict[str, Any]) -> None:
     for split, key in (("validation", "best_val_metric"), ("test", "test_metric")):
         recorded, found = training[key], evaluation["splits"][split]["published_perplexity"]
-        if abs(found - recorded) > TOLERANCE * recorded:
+        if not agree(found, recorded):
             raise BwskError(
                 f"{study / 'build/evaluation' / name}.json: {split} perplexity {found:.6g}, but training recorded "
                 f"{recorded:.6g}; train it again: {force(f'results/{name}/model.safetensors')}"
@@ -176,7 +174,7 @@ def _agree(study: Path, name: str, training: dict[str, Any], evaluation: dict[st
 def _variant(training: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
     provenance = training["provenance"]
     return {
-        **_only(training, ("init", "mode", *FIGURES)),
+        **_only(training, ("init", "mode", *COLUMNS)),
         "evaluation": {split: evaluation["splits"][split] for split in ("validation", "test")},
         "provenance": {
             **_only(provenance, ("seed", "precision", "device", "versions", "weights_sha256")),

@@ -44,6 +44,7 @@ from bwsk.study.tokens import blocks, load_tokens
 from bwsk.study.train_inputs import TrainInputs
 from bwsk.study.train_state import TrainState
 from bwsk.study.train_step import check_backend, make_optimizer, make_step
+from bwsk.units import MIB
 
 
 class _Stopped(Exception):

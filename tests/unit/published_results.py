@@ -9,7 +9,7 @@ from bwsk.study import publication
 from bwsk.study.claims import judge
 from bwsk.study.comparability import differences
 from bwsk.study.params import Params, load_params
-from bwsk.study.results import FIGURES
+from bwsk.study.results import COLUMNS
 
 ROOT = Path(__file__).parents[2]
 SHA = "0" * 64
@@ -89,7 +89,7 @@ def _variant(name: str) -> dict[str, Any]:
     published = publication.VARIANTS[name]
     init, _, mode = name.partition("-")
     steps = publication.STEPS_ONLY_S["bwsk-reversible" if mode == "bwsk-reversible" else "conventional"]
-    figures = {**dict.fromkeys(FIGURES), **vars(published)}
+    figures = {**dict.fromkeys(COLUMNS), **vars(published)}
     figures |= {"step_time_ms": steps / 300 * 1000, "early_stopped": published.total_steps < 13_860, "nan_count": 0}
     evaluation = {
         split: {

@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from bwsk.errors import BwskError
-from bwsk.study.card import check_header, duration, escaped, html, render, write_card
+from bwsk.study.card import check_header, escaped, html, render, write_card
+from bwsk.study.formats import duration
 from bwsk.study.params import Params
-from bwsk.study.repository import FIGURES
+from bwsk.study.repository import PLOTS
 from bwsk.study.results import read_results
 from tests.unit.published_results import ROOT, published_params, published_results, with_claims
 
@@ -62,7 +63,7 @@ def test_the_published_study_s_card_has_the_page_s_sections_and_numbers() -> Non
         assert f'AutoModelForSeq2SeqLM.from_pretrained(repository, subfolder="{name}")' in text
     assert 'repository = "tzervas/bwsk-t5-small"' in text
     assert "@software{zervas2026bwsk," in text
-    for figure in FIGURES:
+    for figure in PLOTS:
         assert f"](figures/{figure})" in text
 
 

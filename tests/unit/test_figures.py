@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.image import imread
 
 from bwsk.files import read_json
 from bwsk.study.params import Params
-from bwsk.study.plots import _log_scale, draw
-from bwsk.study.repository import FIGURES
+from bwsk.study.plots import _log_scale, _panels, draw
+from bwsk.study.repository import PLOTS
 from bwsk.study.results import read_results
 from tests.unit.published_results import published_params, published_results
 
@@ -34,7 +35,7 @@ def test_the_same_figures_give_the_same_small_files(study: Path, params: Params,
     first, second = (
         draw(read_results(study), trainings(study, params), tmp_path / name) for name in ("first", "second")
     )
-    assert [path.name for path in first] == list(FIGURES)
+    assert [path.name for path in first] == list(PLOTS)
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes() == (study / "results/figures" / one.name).read_bytes()
         assert one.stat().st_size <= 150_000
@@ -81,7 +82,7 @@ def test_a_study_of_one_variant_and_a_long_one_can_be_drawn(study: Path, params:
 
 def test_a_perplexity_of_any_range_has_plain_ticks() -> None:
     for low, high in ((94.0, 137.0), (20.1, 20.9), (30.0, 700.0), (25.0, 32_000.0)):
-        picture, axes = plt.subplots()
+        picture, (axes,) = _panels(1)
         axes.plot([1, 2], [high, low])
         _log_scale(axes)
         picture.canvas.draw()
@@ -91,6 +92,28 @@ def test_a_perplexity_of_any_range_has_plain_ticks() -> None:
             for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
             if bottom <= tick <= top
         ]
-        plt.close(picture)
         assert 3 <= len(labels) <= 12, (low, high, labels)
         assert not any("$" in label or "e" in label or not label for label in labels), labels
+
+
+def test_drawing_leaves_matplotlib_as_the_caller_has_set_it_up() -> None:
+    code = """if True:
+        import sys, tempfile
+        import matplotlib
+        matplotlib.use("svg")
+        before = dict(matplotlib.rcParams)
+        from pathlib import Path
+        from bwsk.study.plots import draw
+        from tests.unit.published_results import published_params, published_results
+        curves = {"train_loss_steps": [1, 2], "train_loss_curve": [3.0, 2.0], "val_steps": [1, 2]}
+        curves |= {"val_perplexity_curve": [20.0, 10.0], "init": "scratch", "mode": "conventional"}
+        alone = published_params(variants={"inits": ["scratch"], "modes": ["conventional"]})
+        drawn = draw(published_results(alone), {"scratch-conventional": curves}, Path(tempfile.mkdtemp()) / "out")
+        assert all(path.is_file() for path in drawn)
+        assert matplotlib.get_backend() == "svg", matplotlib.get_backend()
+        assert dict(matplotlib.rcParams) == before
+        assert "matplotlib.pyplot" not in sys.modules
+    """
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

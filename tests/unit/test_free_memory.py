@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bwsk.memory.available import MIB, _groups, free_host_memory, free_memory, resident_memory
+from bwsk.memory.available import _groups, free_host_memory, free_memory, resident_memory
+from bwsk.units import MIB
 
 
 def test_the_machine_tells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +19,7 @@ def test_the_machine_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free is not None
     assert free > 0
     with monkeypatch.context() as patch:  # what is free changes from one look to the next
-        patch.setattr("bwsk.free_memory.free_host_memory", lambda: 7.0)
+        patch.setattr("bwsk.memory.available.free_host_memory", lambda: 7.0)
         assert free_memory(torch.device("cpu")) == 7.0
     now, most = resident_memory() or (0, 0)
     assert 50 < now <= most

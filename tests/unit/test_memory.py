@@ -79,7 +79,7 @@ def test_growth_with_the_batch(small, budget, limits):
 
 def test_the_plan_foretells_the_step(small):
     """The plan's arithmetic and the run on fake tensors are two ways to the same number."""
-    from bwsk.budget import MIB
+    from bwsk.units import MIB
 
     for budget, shape in (("fast", (4, 256, 256)), ("max", (16, 256, 256)), ("max", (4, 512, 128))):
         plan = plan_of(small, budget, shape)
@@ -114,7 +114,7 @@ def test_the_plan_of_a_very_small_step_comes_to_an_end(budget):
 
 @pytest.mark.parametrize("name", ["T5EncoderModel", "T5ForTokenClassification", "T5Model"])
 def test_the_plan_of_a_class_without_decoder_or_vocabulary_is_of_it_alone(small, name):
-    from bwsk.budget import MIB
+    from bwsk.units import MIB
 
     config = copy.deepcopy(small)
     config.architectures = [name]

@@ -19,7 +19,7 @@ from bwsk.cli import summary
 from bwsk.errors import BwskError
 from bwsk.files import read_json, write_json
 from bwsk.study.params import Params, load_params
-from bwsk.study.results import FIGURES, collect, gather, read_results, write_table
+from bwsk.study.results import COLUMNS, collect, gather, read_results, write_table
 from bwsk.study.staleness import current_training, difference
 
 VARIANT = "scratch-bwsk-analyzed"
@@ -46,7 +46,7 @@ def test_everything_is_there(study: Path, params: Params) -> None:
     for name, figures in results["variants"].items():
         training = read_json(study / "results" / name / "training_results.json")
         evaluation = read_json(study / "build/evaluation" / f"{name}.json")
-        assert {key: figures[key] for key in FIGURES} == {key: training[key] for key in FIGURES}
+        assert {key: figures[key] for key in COLUMNS} == {key: training[key] for key in COLUMNS}
         assert figures["evaluation"] == evaluation["splits"]
         assert figures["provenance"]["weights_sha256"] == training["provenance"]["weights_sha256"]
         assert figures["peak_memory_mb"] is None  # a CPU: absent, not 0

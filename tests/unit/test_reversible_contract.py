@@ -11,10 +11,10 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from bwsk import BwskError, make_reversible
-from bwsk.budget import MIB
-from bwsk.memory.cuda_rules import cuda_accounting
-from bwsk.reversible.dropout import drop, dropout_backward, dropout_replay, pack_bits, unpack_bits
+from bwsk.memory.allocation_log import cuda_accounting
+from bwsk.reversible.dropout import drop, pack_bits, unpack_bits
 from bwsk.reversible.t5.tied_embedding import touched_rows
+from bwsk.units import MIB
 from tests.unit.test_reversible_gradients import batch, differences, pair, train
 
 T5_SMALL = {

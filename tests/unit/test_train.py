@@ -18,7 +18,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from bwsk.errors import BwskError
 from bwsk.files import sha256_file
-from bwsk.study.model import weights
+from bwsk.study.model import load_model, save_variant
 from bwsk.study.params import Params
 from bwsk.study.schedule import Schedule
 from bwsk.study.tokens import blocks, load_tokens
@@ -244,3 +244,16 @@ def test_tokens_beyond_the_models_vocabulary_are_refused(study: Path, tmp_path: 
     record.write_text(json.dumps({**json.loads(record.read_text()), "config_sha256": sha256_file(config)}))
     with pytest.raises(BwskError, match="the model's vocabulary has 150"):
         Run(write_params(broken), "scratch-conventional", inputs(broken), tmp_path / "c", CPU, print)
+
+
+def test_loading_and_saving_show_no_bars_and_leave_the_users_setting(
+    study: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    for shown in (True, False):
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        save_variant(load_model(study / "build" / "base"), study / "build" / "tokenizer", tmp_path)
+        assert logging.is_progress_bar_enabled() is shown
+    logging.enable_progress_bar()
+    assert capfd.readouterr().err == ""

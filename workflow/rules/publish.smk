@@ -8,10 +8,10 @@ localrules:
 
 
 from bwsk.files import sha256_file
-from bwsk.study.repository import FIGURES, TEMPLATE, VARIANT as VARIANT_FILES
+from bwsk.study.repository import PLOTS, TEMPLATE, VARIANT as VARIANT_FILES
 
-FIGURE_LABELS = dict(
-    zip(FIGURES, ("Training loss", "Validation perplexity", "Memory and time of a training step"), strict=True)
+PLOT_LABELS = dict(
+    zip(PLOTS, ("Training loss", "Validation perplexity", "Memory and time of a training step"), strict=True)
 )
 
 
@@ -65,7 +65,7 @@ rule card:
                 category="2 Figures",
                 labels={"what": what},
             )
-            for file, what in FIGURE_LABELS.items()
+            for file, what in PLOT_LABELS.items()
         ],
     log:
         "build/logs/card.log",
@@ -87,7 +87,7 @@ rule check:
     input:
         "results/results.json",
         "results/README.md",
-        collect("results/figures/{file}", file=FIGURES),
+        collect("results/figures/{file}", file=PLOTS),
         collect("results/{variant}/{file}", variant=VARIANTS, file=VARIANT_FILES),
     output:
         "build/check.json",

@@ -1,0 +1,27 @@
+"""Numbers as text, the same in the model card and in the tables that commands print; what is absent is a dash."""
+
+from __future__ import annotations
+
+ABSENT = "—"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with `digits` decimals and thousands separators."""
+    return ABSENT if value is None else f"{value:,.{digits}f}"
+
+
+def compact(value: float | None) -> str:
+    """A size or a time without its unit: one decimal below 100, where a whole number would say too little."""
+    return number(value, 1 if value is not None and value < 100 else 0)
+
+
+def percent(share: float | None) -> str:
+    """A share (0 to 1) as per cent with one decimal."""
+    return ABSENT if share is None else f"{100 * share:.1f}%"
+
+
+def duration(seconds: float) -> str:
+    """`13.7m` as published; seconds below a minute, hours from two on."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    return f"{seconds / 60:.1f}m" if seconds < 7200 else f"{seconds / 3600:.1f}h"
