@@ -82,10 +82,13 @@ class Census(Counts):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for strict JSON."""
-        numbers = {n: getattr(self, n) for n in ("s", "k", "gray", "total", "s_ratio", "k_ratio", "gray_ratio")}
         rows = [{"class" if key == "cls" else key: value for key, value in asdict(row).items()} for row in self.rows]
         head = {"model": self.model, "rules": self.rules, "mode": self.mode}
-        return head | numbers | {"by_kind": self.by_kind(), "rows": rows, "outside": list(self.outside)}
+        return head | self.totals() | {"by_kind": self.by_kind(), "rows": rows, "outside": list(self.outside)}
+
+    def beside(self, other: Census) -> dict[str, Any]:
+        """`to_dict` with the totals of another rule set's census of the same model, and where the two disagree."""
+        return self.to_dict() | {"differences": self.differences(other), other.rules: other.totals()}
 
 
 def classify(

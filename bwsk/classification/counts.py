@@ -54,3 +54,7 @@ class Counts(ABC):
     @property
     def gray_ratio(self) -> float | None:
         return self._ratio(self.gray)
+
+    def totals(self) -> dict[str, float | None]:
+        """All numbers and shares by name, ready for strict JSON."""
+        return {key: getattr(self, key) for key in ("s", "k", "gray", "total", "s_ratio", "k_ratio", "gray_ratio")}

@@ -40,20 +40,13 @@ def classify(
     censuses = {r: census_of(module, r) for r in RULE_SETS}
     chosen, other = censuses[rules], next(c for r, c in censuses.items() if r != rules)
     if json:
-        differences = chosen.differences(other)
-        write_json(
-            json, {"source": model} | chosen.to_dict() | {"differences": differences, other.rules: _totals(other)}
-        )
+        write_json(json, {"source": model} | chosen.beside(other))
     if figure:
         from bwsk.classification.plots import draw_module_map
 
         draw_module_map(censuses, figure)
     _print_census(model, name, chosen, other)
     _gray(chosen.unknown(), strict)
-
-
-def _totals(census: Any) -> dict[str, Any]:
-    return {key: getattr(census, key) for key in ("s", "k", "gray", "total", "s_ratio", "k_ratio", "gray_ratio")}
 
 
 def _gray(unknown: list[str], strict: bool) -> None:

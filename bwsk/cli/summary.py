@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 
 from bwsk.cli.output import console, numbers, say, table
-from bwsk.study.formats import ABSENT, compact, number, percent
+from bwsk.study import publication
+from bwsk.study.evidence import devices, evidence, verdicts
+from bwsk.study.formats import ABSENT, compact, number, spread
 
 
 def print_results(collected: dict[str, Any]) -> None:
-    """Print the result table, and below it what puts it into proportion."""
-    title = f"{collected['study']['title']}: {collected['base']['name']} on {collected['corpus']['name']}"
-    shown = table(title=escape(title))
+    """Print which published claims hold and on what evidence, then the result table and what puts it in proportion."""
+    out = console()
+    _print_claims(out, collected)
+    shown = table()
     shown.add_column("variant", no_wrap=True, vertical="bottom")
-    numbers(shown, "loss", "val\nppl", "test\nppl", "bits/\nbyte", "peak\nMiB", "step\nms", "epochs")
+    numbers(shown, "val\nppl", "test\nppl", "bits/\nbyte", "peak\nMiB", "step ms\n(quartiles)")
     previous = None
     for name, figures in collected["variants"].items():
         if previous not in (None, figures["init"]):
@@ -26,26 +31,30 @@ def print_results(collected: dict[str, Any]) -> None:
         memory = compact(peak) if peak else f"~{compact(predicted)}" if predicted else ABSENT
         shown.add_row(
             name,
-            number(figures["final_train_loss"], 3),
             number(evaluation["validation"]["published_perplexity"]),
             number(evaluation["test"]["published_perplexity"]),
             number(evaluation["test"]["bits_per_byte"], 3),
             memory,
-            compact(figures["step_time_ms"]),
-            str(figures["epochs_completed"]),
+            spread(*(figures[f"step_time_{point}ms"] for point in ("q1_", "", "q3_"))),
         )
-    out = console()
-    out.print(shown, "")
+    out.print("", shown, "")
     if any(figures["peak_memory_mb"] is None for figures in collected["variants"].values()):
-        say(out, "~: predicted, not measured; the peak of a training step in CUDA's accounting")
-    for init, saving in collected["memory_saving"].items():
-        for kind, share in saving.items():
-            if share is not None:
-                say(out, f"memory saved by bwsk-reversible, {init}: {percent(share)} ({kind})")
-    census, unigram = collected["census"], collected["tokens"]["splits"]["test"]["unigram_perplexity"]
-    say(out, f"S/K census: {census['s']} S, {census['k']} K of {census['total']} leaf modules")
-    say(out, f"for scale: a unigram model of the training text has a test perplexity of {number(unigram, 1)} per token")
-    verdicts = [claim["verdict"] for claim in collected["claims"]]
-    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
-    reason = next((claim["reason"] for claim in collected["claims"] if claim["verdict"] == "not comparable"), None)
-    say(out, f"published claims: {counts}{f' ({reason})' if reason else ''}")
+        say(out, "~ predicted, not measured: the peak of a training step on a CUDA device")
+    unigram = collected["tokens"]["splits"]["test"]["unigram_perplexity"]
+    say(out, f"A unigram model of the training text has a test perplexity of {number(unigram, 1)} per token.")
+    say(out, f"All figures are of one run per variant on {devices(collected)}; another processor gives others.")
+
+
+def _print_claims(out: Console, collected: dict[str, Any]) -> None:
+    """A line per topic with its values (fine-tuned / from scratch), below it the verdicts and what they rest on."""
+    title = f"{collected['study']['title']}: {collected['base']['name']} on {collected['corpus']['name']}"
+    out.print(f"[bold]{escape(title)}[/bold]")
+    say(out, f"Claims of {publication.REPOSITORY}: {verdicts(collected)}.")
+    # Why the study as a whole is not comparable; a reason of one topic alone is in its line.
+    if not collected["comparable"]:
+        reason = next(claim["reason"] for claim in collected["claims"] if claim["verdict"] == "not comparable")
+        say(out, f"{reason[0].upper()}{reason[1:]}.")
+    out.print()
+    for row in evidence(collected):
+        out.print(f"[bold]{escape(row.claim)}[/bold]: published {row.published}, here {escape(row.ours)}")
+        out.print(Padding(f"{row.verdict}: {escape(row.basis)}", (0, 0, 0, 4)))

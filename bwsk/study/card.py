@@ -1,7 +1,7 @@
 """The model card: `results/README.md`, rendered from results.json by `workflow/templates/model_card.md.j2`.
 
-The YAML header is built as `ModelCardData`, so that the Hub understands it, and checked here without the Hub. Numbers
-that are absent print as a dash with a footnote that says why; they never reach the header.
+The YAML header is built as `ModelCardData`, so that the Hub understands it, and checked here without the Hub. Absent
+numbers are printed as a dash with a footnote that says why. They never reach the header.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import yaml
 from bwsk.errors import BwskError
 from bwsk.files import write_text
 from bwsk.study import publication
-from bwsk.study.formats import ABSENT, compact, duration, number, percent
+from bwsk.study.evidence import devices, evidence, verdicts
+from bwsk.study.formats import ABSENT, added_time, compact, duration, number, per_cent, percent, spread
 from bwsk.study.params import DirectoryBase, HubBase, HubCorpus, Params
 from bwsk.study.repository import CARD, PLOTS, TEMPLATE
 
@@ -40,16 +41,18 @@ class CardRow:
     test: str
     memory: str
     time: str
+    step: str
     epochs: str
 
 
 @dataclass(frozen=True)
 class CardTable:
-    """The result table of one initialisation; `saving` is the sentence below it."""
+    """The result table of one initialisation; below it, what the reversible mode saves in memory and adds in time."""
 
     title: str
     rows: list[CardRow]
     saving: str
+    added: str
 
 
 def write_card(
@@ -59,10 +62,10 @@ def write_card(
     study: Path,
     template: Path = TEMPLATE,
 ) -> Path:
-    """Write the card of the study in `study`, `results/README.md`, and its figures; returns the card's path.
+    """Write the card of the study in `study`, `results/README.md`, and its plots; returns the card's path.
 
-    `trainings` are the training_results.json by variant. BwskError, with nothing written, if the template or the card
-    that comes of it is not sound.
+    `trainings` are the training_results.json by variant. Raises BwskError, with nothing written, if the template
+    cannot be rendered or the rendered card has an invalid header.
     """
     from bwsk.study.plots import draw
 
@@ -133,7 +136,7 @@ def header(params: Params, results: dict[str, Any]) -> str:
 def check_header(text: str, results: dict[str, Any], path: Path) -> dict[str, Any]:
     """Check a card's YAML as the Hub would, without it; returns the header. BwskError names the field.
 
-    The header must parse, hold the required fields, neither null nor NaN anywhere, only well-formed Hub ids, and a
+    The header must parse, have the required fields, no null or NaN anywhere, only well-formed Hub ids, and a
     model-index that huggingface_hub reads back as one perplexity per variant, equal to that of results.json.
     """
     from huggingface_hub import ModelCardData
@@ -158,12 +161,12 @@ def check_header(text: str, results: dict[str, Any], path: Path) -> dict[str, An
     ids = [fields.get("base_model"), *(fields.get("datasets") or [])]
     for name in ids:
         if name is not None and not (isinstance(name, str) and _HUB_ID.match(name)):
-            raise BwskError(f"{path}: header names {name!r}, which is no Hub id")
+            raise BwskError(f"{path}: header names {name!r}, which is not a Hub id")
     try:
         _, evaluations = model_index_to_eval_results(fields["model-index"])
         ModelCardData(**fields)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise BwskError(f"{path}: model-index is not one ({type(error).__name__}: {error})") from None
+        raise BwskError(f"{path}: model-index is invalid ({type(error).__name__}: {error})") from None
     found = {(result.metric_args or {}).get("variant"): result.metric_value for result in evaluations}
     wanted = {
         name: round(figures["evaluation"]["test"]["published_perplexity"], 4)
@@ -179,7 +182,7 @@ def check_header(text: str, results: dict[str, Any], path: Path) -> dict[str, An
 
 
 def html(card: Path) -> str:
-    """The card as one self-contained HTML page, figures included: for a browser and for the workflow's report."""
+    """The card as one self-contained HTML page, plots included: for a browser and for the workflow's report."""
     from markdown_it import MarkdownIt
 
     body = re.sub(r"^---\n.*?\n---\n", "", card.read_text(encoding="utf-8"), count=1, flags=re.DOTALL)
@@ -191,17 +194,15 @@ def html(card: Path) -> str:
 
 
 def escaped(text: str) -> str:
-    """A user's text so that it is itself in a Markdown line or table cell."""
+    """A user's text, escaped so that it appears literally in a line or table cell of Markdown."""
     text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", text)
 
 
 def _context(params: Params, results: dict[str, Any]) -> dict[str, Any]:
-    """What the template is given: the parameters, the results, and tables of text."""
+    """The variables of the template: the parameters, the results, and tables of text."""
     variants = results["variants"]
-    devices = sorted({figures["provenance"]["device"] for figures in variants.values()})
     peaks = [figures[key] for figures in variants.values() for key in ("peak_memory_mb", "predicted_peak_memory_mb")]
-    verdicts = [claim["verdict"] for claim in results["claims"]]
     return {
         "params": params,
         "results": results,
@@ -214,14 +215,17 @@ def _context(params: Params, results: dict[str, Any]) -> dict[str, Any]:
         "base_url": f"https://huggingface.co/{_base_model(params)}" if _base_model(params) else None,
         "publication": publication,
         "plots": PLOTS,
-        "devices": ["the CPU" if device == "cpu" else device for device in devices],
+        "devices": devices(results),
+        "evidence": evidence(results),
+        "published_run": publication.ONE_RUN,
         "precision": _PRECISIONS[params.train.precision],
         "versions": next(iter(variants.values()))["provenance"]["versions"],
         "memory_absent": any(figures["peak_memory_mb"] is None for figures in variants.values()),
         "memory_predicted": any(peak is not None for peak in peaks[1::2]),
-        "verdicts": ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)),
+        "verdicts": verdicts,
         "reasons": sorted({claim["reason"] for claim in results["claims"]}),
-        "claim_value": _claim_value,
+        "value": _claim_value,
+        "ours": _own_value,
     }
 
 
@@ -235,6 +239,7 @@ def _table(results: dict[str, Any], init: str) -> CardTable:
             test=number(figures["evaluation"]["test"]["published_perplexity"]),
             memory=_memory(figures),
             time=duration(figures["wall_time_s"]),
+            step=f"{spread(*(figures[f'step_time_{point}ms'] for point in ('q1_', '', 'q3_')))} ms",
             epochs=f"{figures['epochs_completed']}{' (stopped early)' if figures['early_stopped'] else ''}",
         )
         for name, figures in results["variants"].items()
@@ -242,15 +247,25 @@ def _table(results: dict[str, Any], init: str) -> CardTable:
     ]
     saving = results["memory_saving"][init]
     kind = next((kind for kind in ("measured", "predicted") if saving[kind] is not None), None)
-    return CardTable(INITS[init], rows, f"{percent(saving[kind])} ({kind})" if kind else f"{ABSENT} ¹")
+    step_time = next(claim for claim in results["claims"] if claim["id"] == f"step-time-overhead-{init}")
+    return CardTable(
+        INITS[init], rows, f"{percent(saving[kind])} ({kind})" if kind else f"{ABSENT} ³", _own_value(step_time)
+    )
 
 
 def _memory(figures: dict[str, Any]) -> str:
     if figures["peak_memory_mb"] is not None:
         return f"{compact(figures['peak_memory_mb'])} MiB"
     if figures["predicted_peak_memory_mb"] is not None:
-        return f"{compact(figures['predicted_peak_memory_mb'])} MiB (predicted) ¹"
-    return f"{ABSENT} ¹"
+        return f"{compact(figures['predicted_peak_memory_mb'])} MiB (predicted) ³"
+    return f"{ABSENT} ³"
+
+
+def _own_value(claim: dict[str, Any]) -> str:
+    """The study's own value of a claim; a time with no more digits than its noise leaves it."""
+    if claim["topic"] == "time":
+        return added_time(claim["ours"], claim["noise"])
+    return _claim_value(claim["ours"], claim["unit"])
 
 
 def _claim_value(value: float | None, unit: str) -> str:
@@ -258,7 +273,7 @@ def _claim_value(value: float | None, unit: str) -> str:
         return ABSENT
     match unit:
         case "%":
-            return f"{value:.1f} %".replace("-", "−")
+            return per_cent(value)
         case "MiB":
             return f"{compact(value)} MiB"
         case "M":

@@ -25,3 +25,24 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f}s"
     return f"{seconds / 60:.1f}m" if seconds < 7200 else f"{seconds / 3600:.1f}h"
+
+
+def per_cent(value: float | None, digits: int = 1) -> str:
+    """A value in per cent, as claims have it, with a true minus."""
+    return ABSENT if value is None else f"{value:,.{digits}f} %".replace("-", "−")
+
+
+def added_time(value: float | None, noise: float | None) -> str:
+    """Time added, in per cent, with no more precision than the noise (per cent as well) leaves it."""
+    if value is None:
+        return ABSENT
+    if noise is None:
+        return f"{per_cent(value, 0)} (noise unknown)"
+    known = f"±{per_cent(noise, 1 if noise < 10 else 0)}"
+    return f"within noise ({known})" if abs(value) <= noise else f"{per_cent(value, 1 if noise < 1 else 0)} ({known})"
+
+
+def spread(low: float, median: float, high: float) -> str:
+    """A median with its quartiles in parentheses, without the unit; all with the decimals of the largest."""
+    digits = 1 if max(low, median, high) < 100 else 0
+    return f"{number(median, digits)} ({number(low, digits)}–{number(high, digits)})"

@@ -116,7 +116,7 @@ def _log_scale(axes: Axes) -> None:
 
 
 def _cost(results: dict[str, Any]) -> Figure:
-    """Peak memory (measured, else predicted, else no panel) and median step time, a bar per variant."""
+    """Peak memory (measured, else predicted, else no panel) and step time with its quartiles, a bar per variant."""
     variants = results["variants"]
     key, kind = next(
         (
@@ -139,13 +139,21 @@ def _cost(results: dict[str, Any]) -> Figure:
         outline = [withStroke(linewidth=2.6, foreground="white")]
         memory.axhline(floor, color="#333333", linewidth=1.0, linestyle=(0, (4, 3)), path_effects=outline)
         memory.set_xlabel(f"dashed: weights, gradients and optimizer alone ({text.format(floor)} MiB)", fontsize=8)
-    time.set_title("Median time of a training step")
-    _bars(time, variants, "step_time_ms", "ms", "{:,.1f}")
+    time.set_title("Time of a training step (median, quartiles)")
+    _bars(time, variants, "step_time_ms", "ms", "{:,.1f}", whiskers=("step_time_q1_ms", "step_time_q3_ms"))
     _legend(picture, time)
     return picture
 
 
-def _bars(axes: Axes, variants: dict[str, dict[str, Any]], key: str, unit: str, text: str) -> None:
+def _bars(
+    axes: Axes,
+    variants: dict[str, dict[str, Any]],
+    key: str,
+    unit: str,
+    text: str,
+    whiskers: tuple[str, str] | None = None,
+) -> None:
+    """Bars by initialisation and mode, labelled by `text`; `whiskers` names the lower and upper end of error bars."""
     inits = [init for init in _INITS if any(figures["init"] == init for figures in variants.values())]
     modes = [mode for mode in _MODES if any(figures["mode"] == mode for figures in variants.values())]
     width = 0.8 / len(modes)
@@ -153,7 +161,14 @@ def _bars(axes: Axes, variants: dict[str, dict[str, Any]], key: str, unit: str, 
         found = [(place, variants.get(f"{init}-{mode}")) for place, init in enumerate(inits)]
         places = [place + (index - (len(modes) - 1) / 2) * width for place, figures in found if figures]
         heights = [figures[key] for _, figures in found if figures]
-        bars = axes.bar(places, heights, width * 0.92, label=_MODES[mode], color=_COLOURS[mode])
+        ends = whiskers and [[abs(figures[end] - figures[key]) for _, figures in found if figures] for end in whiskers]
+        bars = axes.bar(
+            *(places, heights, width * 0.92),
+            label=_MODES[mode],
+            color=_COLOURS[mode],
+            yerr=ends,
+            error_kw={"elinewidth": 1.0, "capsize": 2.5, "ecolor": "#333333"},
+        )
         axes.bar_label(bars, labels=[text.format(height) for height in heights], fontsize=7, padding=2, color="#333333")
     axes.set_xticks(range(len(inits)), [_INITS[init] for init in inits])
     axes.tick_params(axis="x", length=0)

@@ -14,6 +14,7 @@ from typing import Any
 from bwsk.units import MIB
 
 REPOSITORY = "tzervas/bwsk-t5-small"
+ONE_RUN = "one run per variant on an RTX 3090 Ti; the time added to a step comes from another run on an RTX 5080"
 SOFTWARE_URL = "https://github.com/tzervas/ai-s-combinator"
 BASE_ID = "google-t5/t5-small"
 BASE_REVISION = "df1b051c49625cf57a3d0d8d3863ed4d13564fe4"

@@ -35,6 +35,8 @@ COLUMNS = (
     "training_time_s",
     "validation_time_s",
     "step_time_ms",
+    "step_time_q1_ms",
+    "step_time_q3_ms",
     "tokens_per_s",
     "peak_memory_mb",
     "predicted_peak_memory_mb",
@@ -43,7 +45,7 @@ COLUMNS = (
     "erasure_budget",
     "parallelism_ratio",
 )
-_CENSUS = ("rules", "s", "k", "gray", "total", "s_ratio", "k_ratio")
+_CENSUS = ("s", "k", "gray", "total", "s_ratio", "k_ratio")
 _CORPUS = ("rows", "bytes", "sha256")
 _TOKENS = ("rows", "bytes", "n_tokens", "n_blocks", "n_windows", "sha256", "unigram_perplexity")
 
@@ -75,7 +77,7 @@ def gather(params: Params, study: Path) -> dict[str, Any]:
         "comparable": False,
         "differences": [],
         "parameters": params.model_dump(mode="json"),
-        "census": {key: census[key] for key in _CENSUS},
+        "census": {**_only(census, ("rules", *_CENSUS)), "strict": _only(census["strict"], _CENSUS)},
         "corpus": {
             "name": corpus["name"],
             "source": corpus["source"],

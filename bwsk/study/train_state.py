@@ -77,7 +77,8 @@ class TrainState:
 
     def figures(self, tokens_per_step: int) -> dict[str, Any]:
         """What a variant's results say of its training, under the published names."""
-        step_time_s = statistics.median(self.step_times_s)
+        times = self.step_times_s  # of one point there is no spread to tell
+        low, step_time_s, high = statistics.quantiles(times, method="inclusive") if times[1:] else times * 3
         return {
             "final_train_loss": self.last_loss,
             "best_val_metric": self.best_perplexity,
@@ -88,6 +89,8 @@ class TrainState:
             "training_time_s": self.training_time_s,
             "validation_time_s": self.validation_time_s,
             "step_time_ms": 1000.0 * step_time_s,
+            "step_time_q1_ms": 1000.0 * low,
+            "step_time_q3_ms": 1000.0 * high,
             "tokens_per_s": tokens_per_step / step_time_s,
             "peak_memory_mb": self.peak_memory_mib,
             "nan_count": self.nan_count,

