@@ -58,15 +58,19 @@ def compare(
     b: Annotated[str, typer.Argument(help="What to compare it with.")],
     study: Annotated[Path, typer.Option(help="The study whose results a revision stands for.")] = _HERE,
 ) -> None:
-    """What differs between two studies or two revisions.
+    """Whether two studies or two revisions are equal.
 
-    A table of parameters, figures, verdicts and weights.
+    If they are not: what differs, in one line and as a table.
     """
+    from bwsk.cli.output import console, say
     from bwsk.cli.tables import compare_table
-    from bwsk.study.compare import changes, load_side
+    from bwsk.study.compare import changes, summary
+    from bwsk.study.sides import load_side
 
-    found = changes(load_side(a, study), load_side(b, study))
-    if found:
+    sides = load_side(a, study), load_side(b, study)
+    found = changes(*sides)
+    equal, line = summary(*sides, found)
+    say(console(), line)
+    if not equal:
+        print()
         compare_table(found, a, b)
-    else:
-        print(f"{a} and {b}: no difference in parameters, figures, verdicts or weights")

@@ -1,22 +1,11 @@
-"""Compare two results of a study: two directories, or two revisions of the repository that versions it.
-
-A side is named by a directory (a study, or a folder with `results.json`), by a `results.json`, or by a git revision; of
-a revision, `results.json` is taken from git if git tracks it, else from DVC's cache or remote.
-"""
+"""Compare the results of two studies, or of two versions of one (`sides` loads them)."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from bwsk.errors import BwskError
-from bwsk.files import read_json
-
-# Figures of a variant that are compared, with the decimals they are shown with.
+# Numbers of a variant that are compared, with the decimals they are shown with.
 DECIMALS = {
     "final_train_loss": 4,
     "best_val_metric": 3,
@@ -27,6 +16,7 @@ DECIMALS = {
     "peak_memory_mb": 1,
     "predicted_peak_memory_mb": 1,
 }
+TIMES = ("wall_time_s", "step_time_ms")  # measured: they differ between any two runs
 
 
 @dataclass(frozen=True)
@@ -45,42 +35,121 @@ class Change:
         return (self.b - self.a) / abs(self.a) if numbers and self.a else None
 
 
-def load_side(name: str, study: Path) -> dict[str, Any]:
-    """The `results.json` that `name` stands for; `study` is where a revision's is looked for.
-
-    BwskError if `name` is neither a path with results nor a revision that has them.
-    """
-    if not name.strip():
-        raise BwskError(f"compare: found {name!r}; name a directory, a results.json or a git revision")
-    path = Path(name)
-    for candidate in (path / "results" / "results.json", path / "results.json", path):
-        if candidate.is_file():
-            return _checked(_of_file(candidate), str(candidate))
-    if path.is_dir():
-        raise BwskError(f"{name}: a directory without results.json; run its study, or name another")
-    return _checked(_of_revision(name, study), name)
-
-
 def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
-    """What differs: parameters, then census and corpus, each variant's figures, memory savings, verdicts, weights."""
+    """What differs: parameters, data, source, environment, census, each variant's figures and weights, verdicts."""
     found = [
-        *_compared("parameters", _flat(a.get("parameters", {})), _flat(b.get("parameters", {}))),
-        *_compared("census", a.get("census", {}), b.get("census", {})),
-        *_compared("base", a.get("base", {}), b.get("base", {})),
+        change
+        for group, read in (
+            ("parameters", lambda results: _flat(results.get("parameters", {}))),
+            ("data", _data),
+            ("source", _source),
+            ("environment", _environment),
+            ("census", lambda results: _flat(results.get("census", {}))),
+        )
+        for change in _compared(group, read(a), read(b))
     ]
     for variant in {**a["variants"], **b["variants"]}:
         sides = [_figures(results["variants"].get(variant)) for results in (a, b)]
         found += _compared(variant, *sides)
     found += _compared("memory_saving", _flat(a.get("memory_saving", {})), _flat(b.get("memory_saving", {})))
-    verdicts = [{claim["id"]: claim["verdict"] for claim in results.get("claims", [])} for results in (a, b)]
-    return found + _compared("claims", *verdicts)
+    return found + _compared("claims", *(_verdicts(results) for results in (a, b)))
+
+
+def summary(a: dict[str, Any], b: dict[str, Any], found: list[Change]) -> tuple[bool, str]:
+    """Whether two sides are equal, and a line that says in what; `found` are their `changes`.
+
+    Equal are sides that differ in nothing but measured times and the environment (device, versions). The line names
+    only what both sides have, so that nothing is called equal that was not compared.
+    """
+    by_aspect: dict[str, list[str]] = {}
+    for change in found:
+        by_aspect.setdefault(_aspect(change), []).append(change.group if change.name == "weights" else change.name)
+    decisive = {aspect: names for aspect, names in by_aspect.items() if aspect not in ("times", "environment")}
+    if decisive:
+        return False, "different: " + "; ".join(f"{aspect} ({_listed(names)})" for aspect, names in decisive.items())
+    readers = {
+        "parameters": lambda results: results.get("parameters"),
+        "data": _data,
+        "source": _source,
+        "weights": lambda results: [figures["weights"] for figures in map(_figures, results["variants"].values())],
+    }
+    compared = [name for name, read in readers.items() if _is_full(read(a)) and _is_full(read(b))] or ["figures"]
+    line = f"equal: the same {' and '.join(part for part in (', '.join(compared[:-1]), compared[-1]) if part)}"
+    if steps := [change.relative for change in found if change.name == "step_time_ms" and change.relative is not None]:
+        line += f"; step times differ by {100 * min(steps):+.0f} % to {100 * max(steps):+.0f} %".replace("-", "−")
+    if "environment" in by_aspect:
+        line += f"; made in another environment ({_listed(by_aspect['environment'])})"
+    return True, line
+
+
+def _aspect(change: Change) -> str:
+    """What a change is about; one in a variant's figures or in a verdict on time is about times."""
+    if change.group in ("parameters", "data", "source", "environment", "census"):
+        return change.group
+    if change.name in TIMES or (change.group == "claims" and "time-overhead" in change.name):
+        return "times"
+    return {"claims": "verdicts"}.get(change.group, "weights" if change.name == "weights" else "figures")
+
+
+def _listed(names: list[str]) -> str:
+    """Names, each once, the first three of them."""
+    unique = list(dict.fromkeys(names))
+    return ", ".join(unique[:3]) + (f" and {len(unique) - 3} more" if len(unique) > 3 else "")
+
+
+def _is_full(value: Any) -> bool:
+    return bool(value) and None not in (value.values() if isinstance(value, dict) else value)
+
+
+def _data(results: dict[str, Any]) -> dict[str, Any]:
+    """The hashes of corpus, tokenizer, tokens and base checkpoint, and what the data are called."""
+    corpus, tokens, base = (results.get(name, {}) for name in ("corpus", "tokens", "base"))
+    found = {"corpus": corpus.get("name"), "tokenizer": _short(tokens.get("tokenizer_sha256"))}
+    for name, part in (("corpus", corpus), ("tokens", tokens)):
+        for split, figures in part.get("splits", {}).items():
+            found[f"{name}.{split}"] = _short(figures.get("sha256"))
+    found["base"] = base.get("name")
+    return found | {f"base.{key}": _short(base.get(key)) for key in ("sha256", "config_sha256")}
+
+
+def _source(results: dict[str, Any]) -> dict[str, Any]:
+    """The digest of the source of each step."""
+    found: dict[str, Any] = {}
+    for key, value in results.get("provenance", {}).items():
+        step = key.removesuffix("identity").removesuffix("source").rstrip("_") or "results"
+        found[step] = _short(value.get("source") if isinstance(value, dict) else value)
+    trained = _provenances(results, "source")
+    return found | ({"training": ", ".join(map(str, map(_short, trained)))} if trained else {})
+
+
+def _environment(results: dict[str, Any]) -> dict[str, Any]:
+    """Devices and versions of the trainings."""
+    versions = _provenances(results, "versions")
+    names = dict.fromkeys(name for each in versions for name in each)
+    found = {name: ", ".join(dict.fromkeys(str(each.get(name)) for each in versions)) for name in names}
+    devices = _provenances(results, "device")
+    return ({"device": ", ".join(dict.fromkeys(map(str, devices)))} if devices else {}) | found
+
+
+def _provenances(results: dict[str, Any], key: str) -> list[Any]:
+    """One field of the variants' provenance, each value once."""
+    found = [variant.get("provenance", {}).get(key) for variant in results["variants"].values()]
+    return [value for index, value in enumerate(found) if value is not None and value not in found[:index]]
+
+
+def _verdicts(results: dict[str, Any]) -> dict[str, Any]:
+    return {claim["id"]: claim["verdict"] for claim in results.get("claims", [])}
 
 
 def _figures(variant: dict[str, Any] | None) -> dict[str, Any]:
     if variant is None:
         return {}
     sha256 = variant.get("provenance", {}).get("weights_sha256")
-    return {**{key: variant.get(key) for key in DECIMALS}, "weights": sha256 and sha256[:12]}
+    return {**{key: variant.get(key) for key in DECIMALS}, "weights": _short(sha256)}
+
+
+def _short(sha256: str | None) -> str | None:
+    return sha256 and sha256[:12]
 
 
 def _compared(group: str, a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
@@ -95,65 +164,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         for name, part in value.items()
         for key, leaf in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
     }
-
-
-def _of_file(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except BwskError:
-        # Not its advice, to delete the file and run again: here any file may have been named.
-        raise BwskError(f"{path}: not the results.json of a study (no JSON object); name another") from None
-
-
-def _of_revision(revision: str, study: Path) -> dict[str, Any]:
-    top = _git(study, "rev-parse", "--show-toplevel")
-    if top is None:
-        why = f"{study} is in no git repository" if shutil.which("git") else "git is not installed"
-        raise BwskError(f"{revision}: no such file or directory, and {why} to look it up")
-    if revision.startswith("-") or _git(study, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}") is None:
-        raise BwskError(f"{revision}: neither a directory with results nor a git revision; name one of them")
-    path = (study.resolve().relative_to(Path(top).resolve()) / "results" / "results.json").as_posix()
-    text = _git(study, "show", f"{revision}:{path}")
-    if text is None:
-        text = _from_dvc(revision, path, top)
-    try:
-        value = json.loads(text)
-    except ValueError:
-        raise BwskError(f"{revision}: its {path} is not JSON; name another revision") from None
-    if not isinstance(value, dict):
-        raise BwskError(f"{revision}: its {path} is not a JSON object; name another revision")
-    return value
-
-
-def _from_dvc(revision: str, path: str, top: str) -> str:
-    try:
-        import dvc.api
-        import dvc.exceptions
-    except ImportError:
-        raise BwskError(f"{revision}: git has no {path} there, and DVC is not installed to ask") from None
-    try:
-        return dvc.api.read(path, repo=top, rev=revision)
-    except dvc.exceptions.PathMissingError:  # not recorded or not in the cache: DVC says the same
-        reason = "not recorded, or not in the cache"
-    except Exception as error:  # DVC raises many kinds: no DVC repository, remote unreachable
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-    raise BwskError(
-        f"{revision}: neither git nor DVC has {path} there ({reason}); name another, or: dvc fetch --all-commits"
-    )
-
-
-def _git(directory: Path, *arguments: str) -> str | None:
-    """Output of a git command, None if it fails."""
-    command = ["git", "-C", str(directory), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _checked(value: dict[str, Any], name: str) -> dict[str, Any]:
-    variants = value.get("variants")
-    if not isinstance(variants, dict) or not all(isinstance(variant, dict) for variant in variants.values()):
-        raise BwskError(f"{name}: not the results.json of a study (no variants); name another")
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 
 from bwsk.errors import BwskError
 from bwsk.files import read_json, write_json
-from bwsk.study.compare import Change, changes, load_side
+from bwsk.study.compare import Change, changes, summary
+from bwsk.study.sides import load_side
 
 
 def altered(root: Path, seed: int, loss: float) -> None:
@@ -45,6 +47,57 @@ def test_what_differs_is_listed_and_what_does_not_is_not(study: Path, editable: 
     assert found[1].relative == pytest.approx((2.0 - before) / before)
 
 
+EDITS = {
+    "parameters (train.lr_scratch)": lambda v: v["parameters"]["train"].update(lr_scratch=1.0),
+    "data (corpus.test)": lambda v: v["corpus"]["splits"]["test"].update(sha256="1" * 64),
+    "data (tokens.train)": lambda v: v["tokens"]["splits"]["train"].update(sha256="1" * 64),
+    "data (tokenizer)": lambda v: v["tokens"].update(tokenizer_sha256="1" * 64),
+    "data (base.sha256)": lambda v: v["base"].update(sha256="1" * 64),
+    "source (results)": lambda v: v["provenance"]["identity"].update(source="1" * 64),
+    "source (evaluation)": lambda v: v["provenance"].update(evaluation_source="1" * 64),
+    "source (training)": lambda v: v["variants"]["scratch-conventional"]["provenance"].update(source="1" * 64),
+    "census (strict.s)": lambda v: v["census"]["strict"].update(s=0),
+    "weights (scratch-conventional)": lambda v: v["variants"]["scratch-conventional"]["provenance"].update(
+        weights_sha256="1" * 64
+    ),
+    "figures (peak_memory_mb)": lambda v: v["variants"]["scratch-conventional"].update(peak_memory_mb=1.0),
+    "verdicts (s-ratio)": lambda v: v["claims"][0].update(verdict="reproduced"),
+}
+
+
+@pytest.mark.parametrize("line", EDITS)
+def test_whatever_differs_is_in_the_first_line(study: Path, line: str) -> None:
+    a = load_side(str(study), Path())
+    b = copy.deepcopy(a)
+    EDITS[line](b)
+    assert summary(a, b, changes(a, b)) == (False, f"different: {line}")
+
+
+def test_times_and_machines_do_not_make_studies_differ_but_are_mentioned(study: Path) -> None:
+    a = load_side(str(study), Path())
+    b = copy.deepcopy(a)
+    for figures, factor in zip(b["variants"].values(), (0.53, 0.9, 1, 1, 1.25, 1.1), strict=True):
+        figures |= {"step_time_ms": factor * figures["step_time_ms"], "wall_time_s": 2 * figures["wall_time_s"]}
+        figures["provenance"] |= {"device": "NVIDIA H100"}
+    next(claim for claim in b["claims"] if claim["topic"] == "time")["verdict"] = "exceeded"
+    assert summary(a, b, changes(a, b)) == (
+        True,
+        "equal: the same parameters, data, source and weights; step times differ by −47 % to +25 %; "
+        "made in another environment (device)",
+    )
+
+
+def test_what_a_side_does_not_have_is_not_called_equal(study: Path) -> None:
+    a = load_side(str(study), Path())
+    old = {key: value for key, value in a.items() if key not in ("provenance", "corpus")}
+    for figures in old["variants"].values():
+        figures["provenance"] = {"weights_sha256": figures["provenance"]["weights_sha256"]}
+    assert summary(old, old, []) == (True, "equal: the same parameters and weights")
+    bare = {"variants": {"scratch-conventional": {}}}
+    assert summary(bare, bare, changes(bare, bare)) == (True, "equal: the same figures")
+    assert summary(a, old, changes(a, old))[0] is False
+
+
 def test_a_variant_that_only_one_side_has_is_compared_with_nothing(study: Path) -> None:
     a = load_side(str(study), Path())
     b = {**a, "variants": {name: figures for name, figures in a["variants"].items() if name != "scratch-conventional"}}
@@ -56,10 +109,12 @@ def test_a_variant_that_only_one_side_has_is_compared_with_nothing(study: Path) 
 def test_the_command_prints_a_table(study: Path, editable: Path) -> None:
     same = bwsk("compare", str(study), str(study), cwd=editable)
     assert same.returncode == 0
-    assert "no difference" in same.stdout
+    assert same.stdout == "equal: the same parameters, data, source and weights\n"
     altered(editable, seed=4, loss=2.0)
     done = bwsk("compare", str(study), ".", cwd=editable)
     assert done.returncode == 0, done.stderr
+    first, blank, *_ = done.stdout.splitlines()
+    assert (first, blank) == ("different: parameters (seed); figures (final_train_loss)", "")
     for part in ("parameters", "seed", "scratch-conventional", "final_train_loss", "2.0000", " %"):
         assert part in done.stdout
 

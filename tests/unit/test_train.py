@@ -23,7 +23,7 @@ from bwsk.study.params import Params
 from bwsk.study.schedule import Schedule
 from bwsk.study.tokens import blocks, load_tokens
 from bwsk.study.train import Run
-from bwsk.study.train_inputs import TrainInputs
+from bwsk.study.train_state import State
 from tests.tiny import make_inputs, write_params
 
 CPU = torch.device("cpu")
@@ -257,3 +257,15 @@ def test_loading_and_saving_show_no_bars_and_leave_the_users_setting(
         assert logging.is_progress_bar_enabled() is shown
     logging.enable_progress_bar()
     assert capfd.readouterr().err == ""
+
+
+def test_step_times_have_a_median_and_quartiles() -> None:
+    state = State(best_perplexity=2.0)
+    for count, seconds in ((1, 0.5), (2, 0.2), (10, 2.0), (5, 1.5), (4, 1.6)):  # 500, 100, 200, 300, 400 ms a step
+        state.note_steps([1.0] * count, seconds)
+        figures = state.figures(tokens_per_step=64)
+        if count == 1:
+            assert {figures[f"step_time_{point}ms"] for point in ("q1_", "", "q3_")} == {500.0}
+    found = [figures[f"step_time_{point}ms"] for point in ("q1_", "", "q3_")]
+    assert found == pytest.approx([200.0, 300.0, 400.0])
+    assert figures["tokens_per_s"] == pytest.approx(64 / 0.3)
