@@ -65,9 +65,11 @@ def write_study(out: Path, args: argparse.Namespace) -> Any:
 def prepare(params: Any, out: Path, architecture: dict[str, Any]) -> Any:
     """Corpus, tokenizer, tokens, base and census; what is there already is kept. Returns what training reads."""
     from bwsk.classification.census import classify
+    from bwsk.study.base_checkpoint import make_base_checkpoint
     from bwsk.study.corpus import make_corpus
     from bwsk.study.tokenizer import make_tokenizer
     from bwsk.study.tokens import make_tokens
+    from bwsk.study.train_inputs import TrainInputs
 
     build = out / "build"
     if not (build / "tokens" / "tokens.json").is_file():
@@ -84,7 +86,7 @@ def prepare(params: Any, out: Path, architecture: dict[str, Any]) -> Any:
         model.save_pretrained(out / "random")
         make_base_checkpoint(params, build / "tokenizer", build / "tokens", build / "base")
         write_json(census, classify(model.train(), "published").beside(classify(model, "strict")))
-    return Inputs(build / "tokens", build / "tokenizer", build / "base", census)
+    return TrainInputs(build / "tokens", build / "tokenizer", build / "base", census)
 
 
 def train(params: Any, out: Path, inputs: Any, device: Any, done: Callable[[], None]) -> None:

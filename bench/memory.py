@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.axes import log_log
 from bench.rivals import RIVALS, Rival, autocast, batch_of, config, running
-from bwsk.budget import MIB
 from bwsk.memory.prediction import predict_memory
 from bwsk.reversible.handle import curve_of
 from bwsk.units import MIB

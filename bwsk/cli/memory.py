@@ -74,11 +74,10 @@ def memory(
     By phase and by kind of memory; needs no GPU.
     """
     from bwsk.architecture import load_config
-    from bwsk.budget import MIB, size_in_bytes
     from bwsk.cli.tables import memory_table
     from bwsk.files import write_json
     from bwsk.memory.prediction import largest_batch, predict_memory
-    from bwsk.units import MIB
+    from bwsk.units import MIB, size_in_bytes
 
     config = load_config(model)
     step = {

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from bwsk.budget import MIB
 from bwsk.cli.output import console, numbers, say, table
 from bwsk.study.compare import DECIMALS, Change
 from bwsk.study.formats import ABSENT, number

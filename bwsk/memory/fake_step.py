@@ -25,9 +25,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from transformers import PreTrainedConfig
 
 from bwsk.architecture import build, one_line
-from bwsk.budget import MIB
 from bwsk.errors import BwskError
-from bwsk.memory.allocation_log import Log, Tracker, cuda_rules
+from bwsk.example_batch import example_batch, loss_of
+from bwsk.memory.allocation_log import Log, Tracker
+from bwsk.memory.cuda_rules import cuda_rules
 from bwsk.units import MIB
 
 # Attention scores of one head in a step, with room for heads and bytes below the largest size of a tensor.

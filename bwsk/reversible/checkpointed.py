@@ -28,11 +28,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bwsk.architecture import build
-from bwsk.budget import parse_budget
 from bwsk.errors import BwskError
 from bwsk.example_batch import example_batch
 from bwsk.memory.allocation_log import Tracker
 from bwsk.memory.fake_step import faked, step_loss, stock_peak
+from bwsk.reversible.budget import parse_budget
 from bwsk.reversible.cross_entropy import cross_entropy
 from bwsk.reversible.patching import (
     globally_hooked,

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from bwsk.architecture import load_config
-from bwsk.budget import NAMED
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import require_shape
 from bwsk.reversible import checkpointed
+from bwsk.reversible.budget import NAMED
 from bwsk.reversible.plan import Plan, solve
 from bwsk.reversible.t5 import engine as t5
 

@@ -17,11 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
-from bwsk.budget import MIB, Budget
 from bwsk.errors import BwskError
+from bwsk.reversible.budget import Budget
 from bwsk.units import MIB
+
+
+class Level(StrEnum):
+    """How one module runs in a training step, from most saved to least."""
+
+    SAVE_CONTEXT = "save_context"  # T5: q, k, v and the context P·v; of a feed-forward, its hidden activations
+    SAVE_QKV = "save_qkv"  # T5: q, k, v alone
+    SAVE_INPUT = "save_input"  # T5: the sublayer's input and the dropout masks
+    CHECKPOINT_ATTENTION = "checkpoint_attention"  # others: scores, softmax and dropout are recomputed from q, k, v
+    CHECKPOINT_BLOCK = "checkpoint_block"  # the whole block is recomputed from its input
 
 
 @dataclass(frozen=True)

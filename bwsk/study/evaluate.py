@@ -10,6 +10,7 @@ import torch
 
 from bwsk.errors import BwskError
 from bwsk.files import read_json, sha256_file
+from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
 from bwsk.study.agreement import agree
 from bwsk.study.corpus import decode_text, split_lines
 from bwsk.study.device import check_precision, configure, device_name, pick_device

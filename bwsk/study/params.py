@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bwsk.budget import parse_budget
 from bwsk.errors import BwskError
+from bwsk.reversible.budget import parse_budget
 
 Init = Literal["finetune", "scratch"]
 Mode = Literal["conventional", "bwsk-analyzed", "bwsk-reversible"]

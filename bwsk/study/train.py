@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bwsk.budget import MIB
 from bwsk.errors import BwskError
 from bwsk.files import atomic_directory, read_json, sha256_file, write_json
 from bwsk.reversible.t5.float16 import keep_projection_out_of_float16

@@ -15,6 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from bwsk.classification.census import classify
 from bwsk.files import write_json
+from bwsk.study.base_checkpoint import make_base_checkpoint
 from bwsk.study.corpus import embedded, make_corpus
 from bwsk.study.evaluate import evaluate_variant
 from bwsk.study.params import SPLITS, Params, load_params
@@ -22,6 +23,7 @@ from bwsk.study.results import collect
 from bwsk.study.tokenizer import make_tokenizer
 from bwsk.study.tokens import make_tokens
 from bwsk.study.train import Run
+from bwsk.study.train_inputs import TrainInputs
 
 PARAMS = """\
 study: {title: Tiny study, repository: bwsk/tiny, published: t5-small}
@@ -97,7 +99,7 @@ def _make(root: Path, patch: pytest.MonkeyPatch) -> None:
     make_base_checkpoint(params, build / "tokenizer", build / "tokens", build / "base")
     published, strict = (classify(build / "base", rules) for rules in ("published", "strict"))
     write_json(build / "analysis" / "census.json", published.beside(strict))
-    inputs = Inputs(build / "tokens", build / "tokenizer", build / "base", build / "analysis" / "census.json")
+    inputs = TrainInputs(build / "tokens", build / "tokenizer", build / "base", build / "analysis" / "census.json")
     for name in params.variant_names:
         run = Run(params, name, inputs, build / "checkpoints" / name, torch.device("cpu"), say=lambda text: None)
         run.run()

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from bwsk import BwskError, make_reversible
-from bwsk.memory.allocation_log import cuda_accounting
-from bwsk.reversible.dropout import drop, pack_bits, unpack_bits
+from bwsk.memory.cuda_rules import cuda_accounting
+from bwsk.reversible.dropout import dropout_backward, dropout_forward, dropout_replay, pack_bits, unpack_bits
 from bwsk.reversible.t5.tied_embedding import touched_rows
 from bwsk.units import MIB
 from tests.unit.test_reversible_gradients import batch, differences, pair, train
@@ -213,7 +213,7 @@ def test_dropout_again_is_the_same_dropout(p, dtype):
     g = torch.randn_like(y)
     (expected,) = torch.autograd.grad(y, x, g)
     torch.manual_seed(4)
-    ours, bits = drop(x.detach(), p)
+    ours, bits = dropout_forward(x.detach(), p)
     assert torch.equal(ours, y)
     assert torch.equal(dropout_replay(x.detach(), bits, p), y)
     assert torch.equal(dropout_backward(g, bits, p), expected)
@@ -225,7 +225,7 @@ def test_the_operators_of_cuda_agree_with_its_own_backward(dtype, own):
     """CUDA's dropout operators also run on the CPU; the steps taken for them here round alike."""
     with cuda_accounting():
         x = torch.randn(64, 33, dtype=dtype)
-        y, bits = drop(x, 0.37)
+        y, bits = dropout_forward(x, 0.37)
         assert torch.equal(dropout_replay(x, bits, 0.37) != 0, y != 0)
         g = torch.randn_like(x)
         expected = torch.ops.aten.native_dropout_backward(g, y != 0, 1 / (1 - 0.37))

@@ -18,12 +18,13 @@ from transformers import AutoModelForSeq2SeqLM
 
 from bwsk.errors import BwskError
 from bwsk.files import sha256_file
-from bwsk.study.model import load_model, save_variant
+from bwsk.study.model import load_model, save_variant, weights
 from bwsk.study.params import Params
 from bwsk.study.schedule import Schedule
 from bwsk.study.tokens import blocks, load_tokens
 from bwsk.study.train import Run
-from bwsk.study.train_state import State
+from bwsk.study.train_inputs import TrainInputs
+from bwsk.study.train_state import TrainState
 from tests.tiny import make_inputs, write_params
 
 CPU = torch.device("cpu")
@@ -260,7 +261,7 @@ def test_loading_and_saving_show_no_bars_and_leave_the_users_setting(
 
 
 def test_step_times_have_a_median_and_quartiles() -> None:
-    state = State(best_perplexity=2.0)
+    state = TrainState(best_perplexity=2.0)
     for count, seconds in ((1, 0.5), (2, 0.2), (10, 2.0), (5, 1.5), (4, 1.6)):  # 500, 100, 200, 300, 400 ms a step
         state.note_steps([1.0] * count, seconds)
         figures = state.figures(tokens_per_step=64)

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from bwsk.architecture import model_class
-from bwsk.budget import parse_budget
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import PRECISIONS, require_one_of, stock_peak
+from bwsk.reversible.budget import parse_budget
 from bwsk.reversible.patching import patch_forward, require_stock_forward, unpatch
 from bwsk.reversible.plan import Level, Plan, require_within_budget, solve
 from bwsk.reversible.t5 import costs
