@@ -45,9 +45,8 @@ from bwsk.study.checkpoint import optimizer_state, random_states, restore_optimi
 from bwsk.study.device import configure
 from bwsk.study.model import load_weights, weights
 from bwsk.study.train_step import make_optimizer, make_step
-from bwsk.units import MIB
+from bwsk.units import MIB, PRECISIONS
 
-PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # How the name of a mode continues after "reversible-": the budget.
 MODES = ("conventional", "reversible-fast", "reversible-max")
 RECIPE = SimpleNamespace(betas=[0.9, 0.999], eps=1e-8, weight_decay=0.01)
@@ -105,14 +104,12 @@ def _made(args: argparse.Namespace, setting: Setting) -> Any:
     """A step with its model, optimizer and scaler, as `bwsk train` makes them."""
     device = torch.device(args.device)
     model = copy.deepcopy(_drawn(args.model)).to(device).train()
-    if setting.precision == "float16":
+    if setting.precision == "fp16":
         keep_projection_out_of_float16(model)
     if setting.mode != "conventional":
         sizes = {"batch": 4, "input_length": args.length, "target_length": args.length}
-        make_reversible(
-            model, setting.mode.removeprefix("reversible-"), precision=PRECISIONS[setting.precision], **sizes
-        )
-    scaler = torch.amp.GradScaler(device.type, init_scale=setting.scale, enabled=setting.precision == "float16")
+        make_reversible(model, setting.mode.removeprefix("reversible-"), precision=setting.precision, **sizes)
+    scaler = torch.amp.GradScaler(device.type, init_scale=setting.scale, enabled=setting.precision == "fp16")
     return make_step(setting.backend, model, make_optimizer(model, RECIPE, 1e-4), scaler, setting.precision, 1.0)
 
 
@@ -177,7 +174,7 @@ def scaler_is_sound(outcome: Outcome, setting: Setting) -> bool:
 def checks(args: argparse.Namespace, run: Callable[[Setting], Outcome]) -> Iterator[Check]:
     """All of them, those that do without a graph first. `run` trains, or remembers."""
     cuda = args.device == "cuda"
-    precisions = list(PRECISIONS) if cuda else ["float32", "bfloat16"]
+    precisions = list(PRECISIONS) if cuda else ["fp32", "bf16"]
     whole = functools.partial(Setting, steps=args.steps)
     again = functools.partial(trained, args)  # not remembered
 
@@ -191,18 +188,18 @@ def checks(args: argparse.Namespace, run: Callable[[Setting], Outcome]) -> Itera
             ours = whole(mode, "eager", precision)
             yield Check(f"{mode} = conventional, eager, {precision}", compare(plain, ours))
         yield Check(f"interrupted = whole, eager, {precision}", compare(plain, plain._replace(interrupt=3), again))
-    plain = whole("conventional", "eager", "float32")
+    plain = whole("conventional", "eager", "fp32")
     yield Check("negative control: other dropout must differ", compare(plain, plain._replace(seed=2)), differ=True)
     if not cuda:
         return
     free = plain._replace(deterministic=False)
-    yield Check("deterministic mode changes no bit, float32", compare(plain, free), required=False)
-    yield Check("repeatable without deterministic mode, float32", compare(free, free, again), required=False)
-    high = whole("conventional", "eager", "float16")._replace(scale=2.0**27, steps=16)
+    yield Check("deterministic mode changes no bit, fp32", compare(plain, free), required=False)
+    yield Check("repeatable without deterministic mode, fp32", compare(free, free, again), required=False)
+    high = whole("conventional", "eager", "fp16")._replace(scale=2.0**27, steps=16)
     for backend in ("eager", "graph"):
         setting = high._replace(backend=backend)
         yield Check(
-            f"scaler skips and recovers, {backend}, float16",
+            f"scaler skips and recovers, {backend}, fp16",
             lambda setting=setting: (int(scaler_is_sound(run(setting), setting)), 1),
         )
         if backend == "graph":
@@ -214,8 +211,8 @@ def checks(args: argparse.Namespace, run: Callable[[Setting], Outcome]) -> Itera
                 yield Check(f"graph = eager, {mode}, {precision}", compare(eager, eager._replace(backend="graph")))
             graph = whole("conventional", "graph", precision)
             yield Check(f"interrupted = whole, graph, {precision}", compare(graph, graph._replace(interrupt=3), again))
-    eager = whole("reversible-balanced", "eager", "float32")
-    yield Check("graph = eager, reversible-balanced, float32", compare(eager, eager._replace(backend="graph")))
+    eager = whole("reversible-balanced", "eager", "fp32")
+    yield Check("graph = eager, reversible-balanced, fp32", compare(eager, eager._replace(backend="graph")))
 
 
 def main() -> None:

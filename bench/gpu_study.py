@@ -141,8 +141,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call, start-up included")
     parser.add_argument("--modes", nargs="+", default=["conventional", "bwsk-analyzed", "bwsk-reversible"])
     parser.add_argument("--backend", choices=("eager", "graph", "compile"), default="graph")
-    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float16")
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU (--backend eager --precision float32)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp16")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU (--backend eager --precision fp32)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--architecture", default="{}", help="JSON of T5 configuration keys that differ from T5-small's"

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.rivals import autocast, config
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS = ("fp32", "bf16", "fp16")
 WINDOW, STRIDE = 512, 128
 PROFILED = 12  # operators that a profile names
 
@@ -144,7 +144,7 @@ def evaluation(model: Any, precision: str) -> Callable[[int], float]:
     from bwsk.study.perplexity import window_nll
 
     # The fields of EvaluateParams that are read; its module needs pydantic, which a bare GPU machine may not have.
-    params = SimpleNamespace(batch_size=32, precision=DTYPES[precision], max_windows=None)
+    params = SimpleNamespace(batch_size=32, precision=precision, max_windows=None)
 
     def run(windows: int) -> float:
         tokens, starts = _windows(model, windows)
@@ -214,7 +214,7 @@ def ours(gate: Gate, model: Any, source: Any, precision: str, shape: tuple[int, 
     recipe = SimpleNamespace(betas=[0.9, 0.999], eps=1e-8, weight_decay=0.01)
     optimizer = make_optimizer(model, recipe, 1e-5)
     scaler = torch.amp.GradScaler(gate.device.type, enabled=precision == "fp16")
-    step = make_step(backend, model, optimizer, scaler, DTYPES[precision], 1.0)
+    step = make_step(backend, model, optimizer, scaler, precision, 1.0)
     settled = False
     while True:
         gate.begin()
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--input", type=int, default=256)
     parser.add_argument("--target", type=int, default=256)
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--attention", default="eager")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)

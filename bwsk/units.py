@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from bwsk.errors import BwskError
+
+if TYPE_CHECKING:
+    import torch
+
+# Float32 weights, under autocast to a narrower dtype or none.
+Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# PyTorch's names of the dtypes, which are accepted wherever a precision is given.
+DTYPES: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 MIB = 2**20
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": MIB, "gib": 2**30}
@@ -16,3 +26,23 @@ def size_in_bytes(text: str) -> int:
     if found is None:
         raise BwskError(f"size: found {text!r}; give a number and a unit, such as 900MiB or 8GB")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def short_precision(name: Any) -> Any:
+    """A precision by the name that is used here: "float16" is "fp16". What is no dtype's name is returned as it is."""
+    return DTYPES.get(name, name) if isinstance(name, str) else name
+
+
+def to_precision(name: Any) -> Precision:
+    """Return "fp32", "bf16" or "fp16", also from the name of the dtype; raises `BwskError` for anything else."""
+    found = short_precision(name)
+    if found not in PRECISIONS:
+        raise BwskError(f"precision: found {name!r}, must be one of {', '.join(PRECISIONS)}")
+    return found
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The dtype that autocast computes matrix products in; float32 is no autocast."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -30,7 +30,7 @@ PARAMS: dict[str, Any] = {
     "train": {
         "batch_size": 4,
         "max_steps": 12,
-        "precision": "float32",
+        "precision": "fp32",
         "eval_every": 4,
         "checkpoint_every": 3,
         "log_every": 2,

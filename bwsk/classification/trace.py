@@ -34,10 +34,10 @@ from bwsk.classification.rules.rule import RuleSet
 from bwsk.classification.rules.sets import rule_set
 from bwsk.errors import BwskError
 from bwsk.example_batch import example_batch, loss_of
+from bwsk.units import dtype_of, short_precision
 
 # Of images, for configs that do not tell theirs (ResNet takes any).
 _IMAGE_SIZE = 224
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,9 @@ def trace(
     """
     from bwsk.architecture import load
 
-    if autocast is not None and autocast not in AUTOCAST:
-        raise BwskError(f"autocast {autocast!r}: not known; choose from {', '.join(AUTOCAST)} or leave it out")
+    autocast = short_precision(autocast)
+    if autocast not in (None, "bf16", "fp16"):
+        raise BwskError(f"autocast {autocast!r}: not known; choose from bf16, fp16 or leave it out")
     for label, size in (("batch", batch), ("input length", input_length), ("target length", target_length)):
         if size < 1:
             raise BwskError(f"{label} {size}: must be at least 1")
@@ -169,7 +170,7 @@ def _step(
         made = torch.empty(t.shape, dtype=t.dtype, device=device)
         return nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
 
-    lower = torch.autocast(device, AUTOCAST[autocast]) if autocast else nullcontext()
+    lower = torch.autocast(device, dtype_of(autocast)) if autocast else nullcontext()
     with ExitStack() as stack:
         log = logging.getLogger("torch._subclasses.fake_tensor")  # what fails is told in one line, not here
         stack.callback(log.setLevel, log.level)

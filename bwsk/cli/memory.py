@@ -7,13 +7,11 @@ import typer
 from bwsk.cli.app import MODELS, app
 from bwsk.cli.options import Batch, InputLength, JsonFile, Model, TargetLength
 
-_LONG = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _PRECISION = typer.Option(
     "fp32",
     "--precision",
     "-p",
-    callback=lambda name: _LONG.get(name, name),
-    help="fp32, or float32 weights under autocast bf16 or fp16 (or their long names, as in params.yaml).",
+    help="fp32, or float32 weights under autocast bf16 or fp16 (or the names of the dtypes).",
 )
 
 

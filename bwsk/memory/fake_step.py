@@ -29,11 +29,10 @@ from bwsk.errors import BwskError
 from bwsk.example_batch import example_batch, loss_of
 from bwsk.memory.allocation_log import Log, Tracker
 from bwsk.memory.cuda_rules import cuda_rules
-from bwsk.units import MIB
+from bwsk.units import MIB, dtype_of, to_precision
 
 # Attention scores of one head in a step, with room for heads and bytes below the largest size of a tensor.
 _MOST_SCORES = 2**48
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -100,7 +99,7 @@ def fake_step(
     models it cannot use.
     """
     require_shape(batch, input_length, target_length)
-    require_one_of("precision", precision, PRECISIONS)
+    precision = to_precision(precision)
     require_one_of("attention", attention, ("eager", "sdpa"))
     encoder_decoder = getattr(getattr(model, "config", model), "is_encoder_decoder", False)
     target_length = (target_length or input_length) if encoder_decoder else None
@@ -202,7 +201,7 @@ def step_loss(model: nn.Module, inputs: dict[str, Any], precision: str) -> Tenso
 
     Raises `BwskError` where the model does not take these inputs: sequences of another length, labels of another kind.
     """
-    with torch.autocast("cpu", dtype=PRECISIONS[precision], enabled=precision != "fp32"):
+    with torch.autocast("cpu", dtype=dtype_of(precision), enabled=precision != "fp32"):
         try:
             outputs = model(**inputs)
         except (BwskError, DataDependentOutputException, DynamicOutputShapeException):

@@ -20,7 +20,7 @@ from bwsk.errors import BwskError
 from bwsk.memory.fake_step import fake_step, require_one_of, stock_peak
 from bwsk.reversible.handle import make_reversible
 from bwsk.reversible.plan import BudgetTooSmall
-from bwsk.units import MIB
+from bwsk.units import MIB, to_precision
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def predict_memory(
     fused in mode "reversible". Raises `BwskError` on arguments or models it cannot use.
     """
     model = model if isinstance(model, nn.Module) else load_config(model)
+    precision = to_precision(precision)
     require_one_of("mode", mode, ("conventional", "checkpoint", "reversible"))
     if optimizer is not None:
         require_one_of("optimizer", optimizer, ("fused", "foreach", "loop"))

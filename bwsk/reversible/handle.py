@@ -16,6 +16,7 @@ from bwsk.reversible import checkpointed
 from bwsk.reversible.budget import NAMED
 from bwsk.reversible.plan import Plan, solve
 from bwsk.reversible.t5 import engine as t5
+from bwsk.units import to_precision
 
 # The batch that a named budget is planned for when none is given: the published study's.
 DEFAULT_SHAPE = (4, 256, 256)
@@ -73,7 +74,7 @@ def make_reversible(
     _check_model(model)
     shape = _shape(budget, batch, input_length, target_length)
     engine = engine_for(model)
-    chosen = engine.plan(model, budget, shape, precision)
+    chosen = engine.plan(model, budget, shape, to_precision(precision))
     return Reversible(model, chosen, engine.install(model, chosen), engine.uninstall)
 
 
@@ -135,7 +136,7 @@ def plan(
 def plan_of(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
     """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
     require_shape(*shape)
-    return engine_for(model).plan(model, budget, shape, precision)
+    return engine_for(model).plan(model, budget, shape, to_precision(precision))
 
 
 def curve_of(config: Any, shape: tuple[int, int, int], precision: str = "fp32", points: int = 12) -> list[Plan]:

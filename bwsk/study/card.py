@@ -27,7 +27,7 @@ LICENSE = "mit"
 INITS = {"finetune": "Fine-tune", "scratch": "From Scratch"}
 MODES = {"conventional": "Conventional", "bwsk-analyzed": "BWSK Analyzed", "bwsk-reversible": "BWSK Reversible"}
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_PRECISIONS = {"float16": "AMP (float16)", "bfloat16": "AMP (bfloat16)", "float32": "none (float32)"}
+_PRECISIONS = {"fp16": "AMP (fp16)", "bf16": "AMP (bf16)", "fp32": "none (fp32)"}
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 from bwsk.errors import BwskError
 from bwsk.locks import POLL_SECONDS, Lock, holder, try_lock
 from bwsk.study.cpu_tuning import tune
+from bwsk.units import dtype_of
 
 if TYPE_CHECKING:
-    from bwsk.study.params import Precision
+    from bwsk.units import Precision
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # One lock per GPU of the machine, whoever uses it.
 LOCKS = Path(tempfile.gettempdir()) / "bwsk-gpus"
 # The device of this process, with its lock, which lives as long as the process.
@@ -102,15 +102,15 @@ def configure(device: torch.device, *, threads: int, deterministic: bool, tf32: 
 
 def check_precision(key: str, precision: Precision, device: torch.device) -> None:
     """BwskError if the device cannot compute in `precision`; `key` is the parameter that asks for it."""
-    if device.type == "cpu" and precision == "float16":
-        raise BwskError(f"{key}: found float16, which needs a CUDA device; set bfloat16 or float32 to run on the CPU")
-    if device.type == "cuda" and precision == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise BwskError(f"{key}: found bfloat16, which {device_name(device)} does not support; set float16 or float32")
+    if device.type == "cpu" and precision == "fp16":
+        raise BwskError(f"{key}: found fp16, which needs a CUDA device; set bf16 or fp32 to run on the CPU")
+    if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise BwskError(f"{key}: found bf16, which {device_name(device)} does not support; set fp16 or fp32")
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """Mixed precision as a context: matrix products in `precision`, nothing at all for float32."""
-    return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "float32")
+    """Mixed precision as a context: matrix products in `precision`, nothing at all for fp32."""
+    return torch.autocast(device.type, dtype=dtype_of(precision), enabled=precision != "fp32")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -221,13 +221,13 @@ def _device(params: Params, gpu: bool) -> Finding:
 
     precision = params.train.precision
     if not gpu:
-        wants = [key for key in ("train", "evaluate") if getattr(params, key).precision == "float16"]
+        wants = [key for key in ("train", "evaluate") if getattr(params, key).precision == "fp16"]
         if wants:
             keys = " and ".join(f"{key}.precision" for key in wants)
-            return Finding("device", "fail", f"CPU, but {keys} is float16", f"use a GPU, or set {keys}: float32")
+            return Finding("device", "fail", f"CPU, but {keys} is fp16", f"use a GPU, or set {keys}: fp32")
         return Finding("device", "ok", f"CPU in {precision}, train.threads {params.train.threads} (--resources gpu=0)")
-    if precision == "bfloat16" and not torch.cuda.is_bf16_supported():
-        return Finding("device", "fail", "GPU without bfloat16", "set train.precision to float16 or float32")
+    if precision == "bf16" and not torch.cuda.is_bf16_supported():
+        return Finding("device", "fail", "GPU without bfloat16", "set train.precision to fp16 or fp32")
     return Finding("device", "ok", f"GPU in {precision} (--resources gpu={torch.cuda.device_count()})")
 
 

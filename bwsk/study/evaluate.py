@@ -39,7 +39,7 @@ def evaluate_variant(params: Params, variant: Path, tokens: Path, gpus: int) -> 
     check_precision("evaluate.precision", params.evaluate.precision, device)
     configure(device, threads=params.train.threads, deterministic=params.train.deterministic, tf32=params.train.tf32)
     model = load_model(variant.parent, variant.name).to(device)
-    if params.evaluate.precision == "float16":
+    if params.evaluate.precision == "fp16":
         keep_projection_out_of_float16(model)
     sizes = read_json(tokens / "tokens.json")["splits"]
     shape, splits = params.tokens, {}

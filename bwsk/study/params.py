@@ -14,14 +14,27 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from bwsk.errors import BwskError
 from bwsk.reversible.budget import parse_budget
+from bwsk.units import DTYPES, PRECISIONS, Precision, short_precision
 
 Init = Literal["finetune", "scratch"]
 Mode = Literal["conventional", "bwsk-analyzed", "bwsk-reversible"]
-Precision = Literal["float32", "bfloat16", "float16"]
+# Either name of a precision may stand in params.yaml; the short one is what is computed and recorded with.
+NamedPrecision = Annotated[
+    Precision, BeforeValidator(short_precision), WithJsonSchema({"enum": [*PRECISIONS, *DTYPES], "type": "string"})
+]
 Backend = Literal["eager", "graph", "compile"]
 SPLITS = ("train", "validation", "test")
 
@@ -186,7 +199,7 @@ class TrainParams(_Section):
     eps: float = Field(default=1.0e-8, gt=0.0)
     weight_decay: float = Field(default=0.01, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
-    precision: Precision = Field(default="float16", description="Autocast dtype; weights stay float32.")
+    precision: NamedPrecision = Field(default="fp16", description="Autocast dtype; weights stay float32.")
     backend: Backend = Field(default="eager", description="How a step runs; graph and compile: see docs/benchmarks.md.")
     eval_every: Positive = Field(default=500, description="Steps between validations; each epoch's end has one too.")
     patience: Positive = Field(default=3, description="Validations in a row without a new best before stopping.")
@@ -204,7 +217,7 @@ class EvaluateParams(_Section):
     """How perplexities are computed, during training and after it."""
 
     batch_size: Positive = 32
-    precision: Precision = "float32"
+    precision: NamedPrecision = "fp32"
     max_windows: Positive | None = Field(default=None, description="Only the first windows of a split; null is all.")
 
 
@@ -255,9 +268,8 @@ class Params(_Section):
     @property
     def step(self) -> dict[str, Any]:
         """The shape of a training step, as `make_reversible` and `predict_memory` take it; its batch apart."""
-        short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[self.train.precision]
         half = self.tokens.block // 2
-        return {"input_length": half, "target_length": half, "precision": short}
+        return {"input_length": half, "target_length": half, "precision": self.train.precision}
 
     def split_variant(self, variant: str) -> tuple[Init, Mode]:
         """`finetune-bwsk-analyzed` -> (`finetune`, `bwsk-analyzed`); BwskError if the study has no such variant."""

@@ -52,11 +52,11 @@ PROTOCOL: MappingProxyType[str, tuple[Any, ...]] = MappingProxyType(
         "train.eps": (1.0e-8,),
         "train.weight_decay": (0.01,),
         "train.max_grad_norm": (1.0,),
-        "train.precision": ("float16", "float32"),
+        "train.precision": ("fp16", "fp32"),
         "train.eval_every": (500,),
         "train.patience": (3,),
         "train.tf32": (False,),
-        "evaluate.precision": ("float32",),
+        "evaluate.precision": ("fp32",),
         "evaluate.max_windows": (None,),
     }
 )

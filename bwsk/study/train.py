@@ -80,7 +80,7 @@ class Run:
         if (largest := max(int(self.tokens[split].max()) for split in SPLITS)) >= vocabulary:
             raise BwskError(f"{inputs.tokens}: found token {largest}, the model's vocabulary has {vocabulary}")
         self.model.to(device).train()
-        if "float16" in (train.precision, params.evaluate.precision):
+        if "fp16" in (train.precision, params.evaluate.precision):
             keep_projection_out_of_float16(self.model)
         self.reversible = None
         if self.mode == "bwsk-reversible":
@@ -88,7 +88,7 @@ class Run:
 
             self.reversible = make_reversible(self.model, train.budget, batch=train.batch_size, **params.step)
         self.optimizer = make_optimizer(self.model, train, self._lr(0))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
         self.train_step = make_step(
             train.backend, self.model, self.optimizer, self.scaler, train.precision, train.max_grad_norm
         )
@@ -303,8 +303,8 @@ class Run:
 
         where = first_not_finite(run.model, loss_of_step) or "nowhere when the step was run again"
         advice = (
-            "set train.precision to bfloat16 or float32"
-            if train.precision == "float16"
+            "set train.precision to bf16 or fp32"
+            if train.precision == "fp16"
             else f"set train.lr_{self.init} lower or train.warmup higher"
         )
         skipped = f", {state.skipped_steps} steps skipped so far" if self.scaler.is_enabled() else ""

@@ -29,7 +29,8 @@ from bwsk.errors import BwskError
 from bwsk.study.device import autocast, is_out_of_memory
 
 if TYPE_CHECKING:
-    from bwsk.study.params import Backend, Precision, TrainParams
+    from bwsk.study.params import Backend, TrainParams
+    from bwsk.units import Precision
 
 Batch = dict[str, Tensor]
 

@@ -37,7 +37,7 @@ def float16(monkeypatch: pytest.MonkeyPatch) -> None:
 def new_run(cases: Cases, tmp_path: Path, variant: str = "finetune-conventional", **train: object) -> Run:
     (tmp_path / "params").mkdir(exist_ok=True)
     params: Params = write_params(
-        tmp_path / "params", **{"precision": "float16", "max_steps": 40, "patience": 100, **train}
+        tmp_path / "params", **{"precision": "fp16", "max_steps": 40, "patience": 100, **train}
     )
     build = cases.study / "build"
     inputs = TrainInputs(build / "tokens", build / "tokenizer", build / "base", build / "analysis" / "census.json")
@@ -69,9 +69,9 @@ def test_a_forward_overflow_stops_with_step_and_module(
     with pytest.raises(BwskError) as error:
         run.run()
     message = str(error.value)
-    assert re.search(r"the loss is not finite at step 10 \(float16, 1\d steps skipped so far\)", message), message
+    assert re.search(r"the loss is not finite at step 10 \(fp16, 1\d steps skipped so far\)", message), message
     assert "first in the output of decoder.block.0.layer.1.EncDecAttention.v" in message
-    assert "set train.precision to bfloat16 or float32" in message
+    assert "set train.precision to bf16 or fp32" in message
     assert "\n" not in message
     assert run.state.nan_count == 10
 

@@ -47,7 +47,7 @@ def write_study(study: Path) -> None:
     params["corpus"] = {"source": "directory", "path": "data/text"}
     params["tokenizer"] = {"source": "directory", "path": str(DATA / "t5-tokenizer")}
     params["base"] = {"source": "directory", "path": "data/t5-small", "id": "google-t5/t5-small"}
-    params["train"] |= {"max_steps": 3, "eval_every": 2, "checkpoint_every": 2, "log_every": 1, "precision": "bfloat16"}
+    params["train"] |= {"max_steps": 3, "eval_every": 2, "checkpoint_every": 2, "log_every": 1, "precision": "bf16"}
     params["evaluate"] |= {"max_windows": 4, "batch_size": 4}
     (study / "params.yaml").write_text(yaml.safe_dump(params))
 

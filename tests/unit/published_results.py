@@ -106,7 +106,7 @@ def _variant(name: str) -> dict[str, Any]:
         for split, value in (("validation", published.best_val_metric), ("test", published.test_metric))
     }
     versions = {"python": "3.11", "torch": "2.10", "transformers": "5.5"}
-    provenance = {"seed": 0, "precision": "float16", "device": GPU, "versions": versions, "weights_sha256": SHA}
+    provenance = {"seed": 0, "precision": "fp16", "device": GPU, "versions": versions, "weights_sha256": SHA}
     return {"init": init, "mode": mode, **figures, "evaluation": evaluation, "provenance": provenance}
 
 

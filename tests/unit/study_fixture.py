@@ -38,7 +38,7 @@ train:
   max_steps: 12
   lr_finetune: 1.0e-3
   lr_scratch: 3.0e-3
-  precision: float32
+  precision: fp32
   eval_every: 4
   log_every: 3
   threads: 1

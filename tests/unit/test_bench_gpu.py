@@ -55,7 +55,7 @@ def test_a_study_in_several_calls_ends_like_one_in_a_single_call(tmp_path: Path)
     shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 300}
     changes = ["tokens.block=32", "tokens.window=32", "tokens.stride=16", "evaluate.max_windows=40"]
     changes += ["train.max_steps=300", "train.checkpoint_every=100000", "train.eval_every=100000"]
-    options = ["--cpu", "--backend", "eager", "--precision", "float32", "--modes", "conventional"]
+    options = ["--cpu", "--backend", "eager", "--precision", "fp32", "--modes", "conventional"]
     options += ["--architecture", json.dumps(shape), "--set", *changes]
     whole = script("gpu-study.sh", tmp_path / "whole", data, *options)
     assert whole.returncode == 0, whole.stderr

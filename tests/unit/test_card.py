@@ -55,7 +55,7 @@ def test_the_published_study_s_card_has_the_page_s_sections_and_numbers() -> Non
         "| BWSK Reversible | 5.3226 | 231.85 | 230.42 | 1,408 MiB | 16.2m | 40.5 (40.1–41.3) ms | 10 |",
         "| LR (fine-tune) | 5e-05 |",
         "| LR (from-scratch) | 0.0003 |",
-        "| Mixed precision | AMP (float16) |",
+        "| Mixed precision | AMP (fp16) |",
     ):
         assert row in text
     assert text.count("Memory savings (reversible vs conventional): **36.4% (measured)**") == 2

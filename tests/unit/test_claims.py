@@ -193,7 +193,7 @@ def test_the_rules_at_their_edges() -> None:
     [
         ({"train": {"max_steps": 50}}, "train.max_steps is 50"),
         ({"train": {"lr_scratch": 1.0e-3}}, "train.lr_scratch is 0.001"),
-        ({"train": {"precision": "bfloat16"}}, "train.precision is 'bfloat16'"),
+        ({"train": {"precision": "bfloat16"}}, "train.precision is 'bf16'"),
         ({"train": {"betas": [0.9, 0.99]}}, "train.betas"),
         ({"evaluate": {"max_windows": 100}}, "evaluate.max_windows is 100"),
         ({"tokens": {"stride": 256}}, "tokens.stride is 256"),

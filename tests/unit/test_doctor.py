@@ -93,8 +93,8 @@ def test_float16_needs_a_gpu(tmp_path: Path) -> None:
     findings = examine(study(tmp_path / "study", train={**values["train"], "precision": "float16"}))
     device = by_name(findings)["device"]
     assert device.status == "fail"
-    assert device.found == "CPU, but train.precision is float16"
-    assert device.advice == "use a GPU, or set train.precision: float32"
+    assert device.found == "CPU, but train.precision is fp16"
+    assert device.advice == "use a GPU, or set train.precision: fp32"
     assert not runs(findings)
 
 

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -69,7 +70,7 @@ def test_the_published_study_is_as_published() -> None:
     assert (train.lr_finetune, train.lr_scratch) == (5e-5, 3e-4)
     assert (train.warmup, train.warmup_start, train.max_grad_norm) == (0.1, 0.1, 1.0)
     assert (train.betas, train.eps, train.weight_decay) == ([0.9, 0.999], 1e-8, 0.01)
-    assert (train.precision, train.eval_every, train.patience) == ("float16", 500, 3)
+    assert (train.precision, train.eval_every, train.patience) == ("fp16", 500, 3)
     assert params.variant_names == [
         "finetune-conventional",
         "finetune-bwsk-analyzed",
@@ -132,7 +133,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("train.lr_scratch", math.nan, "train.lr_scratch: found nan, must be"),
     ("train.lr_scratch", math.inf, "train.lr_scratch: found inf, must be a finite number"),
     ("train.lr_scratch", 0.0, "train.lr_scratch: found 0.0, must be greater than 0"),
-    ("train.precision", "fp16", "train.precision: found 'fp16', must be 'float32', 'bfloat16' or 'float16'"),
+    ("train.precision", "half", "train.precision: found 'half', must be 'fp32', 'bf16' or 'fp16'"),
     ("train.betas", [0.9], "train.betas: found [0.9], must have at least 2 items"),
     ("train.betas", [0.9, 1.0], "train.betas.1: found 1.0, must be less than 1"),
     ("train.deterministic", "yes", "train.deterministic: found 'yes', must be a valid boolean"),
@@ -282,3 +283,21 @@ def test_lengths_that_fit_are_accepted_and_no_others(block: int, window: int, st
     else:
         with pytest.raises(ValueError, match="must be"):
             Params.model_validate(changed)
+
+
+@pytest.mark.parametrize(("name", "short"), [("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16")])
+def test_a_precision_may_have_the_name_of_its_dtype(tmp_path: Path, name: str, short: str) -> None:
+    """Both names are the same study: the same identity, recorded under the short one."""
+    from bwsk.study.provenance import identity
+
+    found = []
+    for written in (name, short):
+        values = yaml.safe_load((ROOT / "demo" / "params.yaml").read_text())
+        values["train"]["precision"] = values["evaluate"]["precision"] = written
+        jsonschema.validate(values, json_schema())
+        path = tmp_path / f"{written}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        found.append(load_params(path))
+    assert found[0] == found[1]
+    assert found[0].train.precision == found[0].evaluate.precision == found[0].step["precision"] == short
+    assert identity(found[0], "train", "scratch-conventional") == identity(found[1], "train", "scratch-conventional")

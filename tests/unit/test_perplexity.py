@@ -136,7 +136,7 @@ def test_a_model_whose_logits_are_not_the_last_product(tokens: np.ndarray) -> No
 
 def test_autocast_casts_a_weight_once(model: T5ForConditionalGeneration, tokens: np.ndarray) -> None:
     """Not at each window; and what it keeps, without a gradient, does not outlive the evaluation."""
-    params = EvaluateParams(batch_size=7, precision="bfloat16")
+    params = EvaluateParams(batch_size=7, precision="bf16")
     casts: list[torch.Size] = []
 
     class Count(TorchDispatchMode):

@@ -67,9 +67,9 @@ def batches(model: torch.nn.Module, count: int = 4) -> list[dict[str, torch.Tens
     return [{"input_ids": t[:, :12], "labels": t[:, 12:].contiguous()} for t in tokens]
 
 
-def stepped(model: torch.nn.Module, backend: str = "eager", precision: Precision = "float32") -> TrainStep:
+def stepped(model: torch.nn.Module, backend: str = "eager", precision: Precision = "fp32") -> TrainStep:
     train = TrainParams(precision=precision)
-    scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=precision == "float16")
+    scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=precision == "fp16")
     return make_step(backend, model, make_optimizer(model, train, 1e-3), scaler, precision, train.max_grad_norm)
 
 
@@ -83,7 +83,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_eager_step_is_the_plain_loop(precision: Precision) -> None:
     model, plain = tiny(), tiny()
     results = run(stepped(model, precision=precision))
@@ -91,7 +91,7 @@ def test_the_eager_step_is_the_plain_loop(precision: Precision) -> None:
     torch.manual_seed(9)
     for batch, lr, (loss, norm) in zip(batches(plain), RATES, results, strict=True):
         optimizer.param_groups[0]["lr"] = lr
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
             expected = plain(**batch, use_cache=False).loss  # with a cache: other sums, other rounding
         expected.backward()
         assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0))
@@ -334,7 +334,7 @@ def test_a_compiled_step_computes_the_same_and_repeats_its_bits(mode: str) -> No
 
 @CUDA
 @pytest.mark.parametrize("mode", ["conventional", "fast", "max", "balanced"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_graph_has_the_bits_of_eager(mode: str, precision: Precision, deterministic: None) -> None:
     found = []
     for backend in ("eager", "graph"):
@@ -357,7 +357,7 @@ def test_a_graph_has_the_bits_of_eager(mode: str, precision: Precision, determin
 
 @CUDA
 @pytest.mark.parametrize("level", ["fast", "max"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_reversible_has_the_bits_of_conventional_on_cuda(level: str, precision: Precision, deterministic: None) -> None:
     conventional, reversible = tiny(device="cuda"), tiny(device="cuda")
     make_reversible(reversible, level, batch=4, input_length=12, target_length=12)

@@ -84,7 +84,7 @@ def test_what_is_trained_is_what_was_predicted(study: Path, tmp_path: Path) -> N
     for train in ({"budget": 0.9}, {"precision": "bfloat16", "budget": "balanced"}):
         params = write_params(study, **train)
         run = Run(params, "scratch-bwsk-reversible", inputs(study), tmp_path, CPU, lambda text: None)
-        precision = {"bfloat16": "bf16"}.get(params.train.precision, "fp32")
+        precision = params.train.precision
         assert (
             run.reversible.plan.to_dict()
             == plan_of(run.model.config, params.train.budget, (4, 16, 16), precision).to_dict()
@@ -223,14 +223,14 @@ def test_a_changed_parameter_starts_over_and_changing_it_back_resumes(study: Pat
 def test_bfloat16_trains_and_float16_on_the_cpu_is_refused(study: Path, tmp_path: Path) -> None:
     result = trained(study, write_params(study, precision="bfloat16", max_steps=4), "scratch-conventional", tmp_path)
     assert np.isfinite(result["final_train_loss"])
-    with pytest.raises(BwskError, match=r"train\.precision: found float16, which needs a CUDA device"):
+    with pytest.raises(BwskError, match=r"train\.precision: found fp16, which needs a CUDA device"):
         trained(study, write_params(study, precision="float16"), "scratch-conventional", tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_with_one_line_and_names_the_module(study: Path, tmp_path: Path) -> None:
     # The first update makes the weights so large that the second step overflows, and spoils them for good.
     params = write_params(study, lr_finetune=1.0e30, warmup=0.0)
-    with pytest.raises(BwskError, match=r"not finite at step 2 \(float32\); first in .*output of \S+; set") as error:
+    with pytest.raises(BwskError, match=r"not finite at step 2 \(fp32\); first in .*output of \S+; set") as error:
         trained(study, params, "finetune-conventional", tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "finetune-conventional").exists()

@@ -12,7 +12,7 @@ from torch import nn
 
 from bwsk.architecture import model_class
 from bwsk.errors import BwskError
-from bwsk.memory.fake_step import PRECISIONS, require_one_of, stock_peak
+from bwsk.memory.fake_step import stock_peak
 from bwsk.reversible.budget import parse_budget
 from bwsk.reversible.patching import patch_forward, require_stock_forward, unpatch
 from bwsk.reversible.plan import Level, Plan, require_within_budget, solve
@@ -112,7 +112,6 @@ def _feed_forward_policy(name: str, layer: nn.Module, level: str) -> Policy:
 
 def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
     """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
-    require_one_of("precision", precision, PRECISIONS)
     config = getattr(model, "config", model)
     sizes = costs.Shape(*shape, element=4 if precision == "fp32" else 2)
     if isinstance(model, nn.Module):
