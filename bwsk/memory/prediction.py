@@ -17,10 +17,10 @@ from torch import nn
 
 from bwsk.architecture import load_config
 from bwsk.errors import BwskError
-from bwsk.memory.fake_step import fake_step, require_one_of, stock_peak
-from bwsk.reversible.handle import make_reversible
-from bwsk.reversible.plan import BudgetTooSmall
-from bwsk.units import MIB, to_precision
+from bwsk.memory.fake_step import MIB, fake_step, require_one_of, stock_peak
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def predict_memory(
         if mode == "checkpoint":
             _enable_checkpointing(fake)
         elif mode == "reversible":
+            from bwsk.reversible import make_reversible
+
             make_reversible(
                 fake, budget, batch=batch, input_length=input_length, target_length=targets, precision=precision
             )
@@ -122,6 +124,7 @@ def largest_batch(model: Any, limit_mib: float, *, maximum: int = 4096, **step: 
     `step`: arguments of `predict_memory` without batch. Peaks grow almost in a straight line with the batch, so that
     each guess is where the line through the last two predictions meets the limit.
     """
+    from bwsk.reversible.plan import BudgetTooSmall
 
     def peak(size: int) -> float:
         try:
