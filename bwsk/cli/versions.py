@@ -31,6 +31,22 @@ def stages(
 
 
 @app.command(rich_help_panel=VERSIONS)
+def source(
+    out: Annotated[Path | None, typer.Option(help="Also write them to this folder, a file for each step.")] = None,
+) -> None:
+    """Print the digest of the code of each step.
+
+    A step that was made with another one is made again. Comments, docstrings, type hints and messages do not count.
+    """
+    from bwsk.study.provenance import STEPS, source_digest, write_digests
+
+    if out is not None:
+        write_digests(out)
+    for step in STEPS:
+        print(f"{source_digest(step)}  {step}")
+
+
+@app.command(rich_help_panel=VERSIONS)
 def record(study: Study = _HERE) -> None:
     """Take over into DVC what Snakemake made.
 

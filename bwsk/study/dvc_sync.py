@@ -21,8 +21,9 @@ from typing import Any
 import yaml
 
 from bwsk.errors import BwskError
-from bwsk.study.dvc_stages import SNAKEFILE
+from bwsk.study.dvc_stages import SNAKEFILE, SOURCE
 from bwsk.study.params import load_params
+from bwsk.study.provenance import write_digests
 
 Say = Callable[[str], None]
 SHOWN = 6  # names that a message lists
@@ -42,6 +43,9 @@ def restore(study: Path, say: Say) -> None:
     if pulled.returncode:  # it then checks out nothing at all, of what it could fetch either
         _run(study, ["dvc", "checkout", "--allow-missing"], capture=True)
     changes = _changes(study)
+    if changes.pop("source", None):  # the package has other bytes: whether it has other code, its digests say
+        write_digests(study / SOURCE)
+        changes = {stage: change for stage, change in _changes(study).items() if stage != "source"}
     current = [stage["cmd"].split()[-1] for name, stage in lock.items() if name not in changes]
     if current:
         touch = ["snakemake", "--snakefile", os.path.relpath(SNAKEFILE, study), "--cores", "1", "--touch", "--forceall"]
@@ -64,6 +68,7 @@ def record(study: Path, say: Say) -> None:
     params = load_params(study / "params.yaml")
     documents(params, study, gather(params, study))
     _require_dvc(study)
+    write_digests(study / SOURCE)
     if _run(study, ["dvc", "commit", "--force"]).returncode:
         raise BwskError(f"{study}: dvc commit failed, see above; run snakemake until nothing is to be done, then again")
     say(f"{study}: recorded; keep it with: git add {study / 'dvc.lock'}, git commit, dvc push")
@@ -131,7 +136,7 @@ def _changes(study: Path) -> dict[str, dict[str, dict[str, Any]]]:
 def _problem(lock: dict[str, Any], changes: dict[str, dict[str, dict[str, Any]]]) -> str | None:
     """What is not as recorded, as one line with the command that makes it; None if all is."""
     missing, other = [], []
-    outs = {out["path"] for stage in lock.values() for out in stage.get("outs", [])}
+    outs = {out["path"] for stage in lock.values() for out in stage.get("outs", [])} - {SOURCE}
     for stage, change in changes.items():
         if "changed outs" in change:
             missing.append(stage)

@@ -1,39 +1,62 @@
-"""Which parameters, source files and inputs an artifact was made from, and with which versions.
+"""Which parameters, source and inputs an artifact was made from, and with which versions.
 
-A step's *identity* is what decides its output: the parameters that it reads and the digest of the source files it
-runs. Snakemake reruns a step when its identity changes, each artifact stores the identity it was made with, and the
+A step's *identity* is what decides its output: the parameters that it reads and the digest of the code that it can
+run. Snakemake reruns a step when its identity changes, each artifact stores the identity it was made with, and the
 steps that publish refuse an artifact whose identity is no longer the study's.
 """
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import platform
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bwsk.files import write_text
 from bwsk.study.params import Params
+from bwsk.study.source_digest import Source
 
 PACKAGE = Path(__file__).parents[1]
 
-# Step -> the modules that its command (in `bwsk/cli/`) calls, and the sections of params.yaml that it reads.
-# `train` is not here: its parameters depend on the variant (see `identity`).
+
+@dataclass(frozen=True)
+class Step:
+    """The modules that a step's command (in `bwsk/cli/`) calls, and the sections of params.yaml that it reads.
+
+    `without`: modules that those import inside functions and never run in this step.
+    """
+
+    modules: tuple[str, ...]
+    sections: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+# A step for each mode of what differs by it: what one mode cannot run is no source of its variants. Which parameters
+# a training reads depends on its variant (see `identity`).
 STEPS = {
-    "corpus": (["study.corpus"], ["corpus"]),
-    "tokenizer": (["study.tokenizer"], ["tokenizer"]),
-    "tokens": (["study.tokens"], ["tokens"]),
-    "base": (["study.base_checkpoint"], ["base", "seed"]),
-    "classify": (["classification.census", "files"], []),
-    "trace": (["classification.trace", "classification.barriers", "classification.plots"], []),
-    "memory": (["memory.prediction", "files"], []),
-    "evaluate": (["study.evaluate"], ["tokens", "evaluate"]),
-    "results": (["study.results"], ["study", "variants"]),
-    "card": (["study.card", "study.results", "study.staleness"], ["study", "variants"]),
-    "check": (["study.check"], ["study", "variants"]),
+    "corpus": Step(("study.corpus",), ("corpus",)),
+    "tokenizer": Step(("study.tokenizer",), ("tokenizer",)),
+    "tokens": Step(("study.tokens",), ("tokens",)),
+    "base": Step(("study.base_checkpoint",), ("base", "seed")),
+    "classify": Step(("classification.census", "files")),
+    "trace": Step(("classification.trace", "classification.barriers", "classification.plots")),
+    "memory-conventional": Step(("memory.prediction", "files"), without=("reversible",)),
+    "memory-bwsk-analyzed": Step(("memory.prediction", "files"), without=("reversible",)),
+    "memory-bwsk-reversible": Step(("memory.prediction", "files")),
+    "train-conventional": Step(("study.train",), without=("reversible", "classification.erasure")),
+    "train-bwsk-analyzed": Step(("study.train",), without=("reversible",)),
+    "train-bwsk-reversible": Step(("study.train",), without=("classification.erasure",)),
+    "evaluate": Step(("study.evaluate",), ("tokens", "evaluate")),
+    "results": Step(("study.results",), ("study", "variants")),
+    "card": Step(("study.card", "study.results", "study.staleness"), ("study", "variants")),
+    "check": Step(("study.check",), ("study", "variants")),
 }
+# What decides nothing about an artifact: what is said here about a step is compared as such, and bars are only shown.
+UNCOUNTED = ("study.provenance", "study.source_digest", "study.progress")
+SOURCE_FILES = tuple(PACKAGE / "study" / name for name in ("provenance.py", "source_digest.py"))  # that make digests
+_SOURCE = Source(PACKAGE)
 
 
 def identity(params: Params, step: str, variant: str | None = None) -> dict[str, Any]:
@@ -55,58 +78,33 @@ def identity(params: Params, step: str, variant: str | None = None) -> dict[str,
             "tokens": params.tokens.model_dump(),
             "evaluate": params.evaluate.model_dump(),
         }
-        modules = ["study.train"]
+        step = f"train-{mode}"
     else:
-        modules, sections = STEPS[step]
         dumped = params.model_dump()
-        effective = {section: dumped[section] for section in sections}
+        effective = {section: dumped[section] for section in STEPS[step].sections}
         if step == "base":
             if params.base.source == "pretrain":
                 effective["threads"] = params.train.threads  # bits depend on it
             else:
                 del effective["seed"]  # nothing is drawn
-    return {"params": effective, "source": source_digest(*modules)}
+    return {"params": effective, "source": source_digest(step)}
 
 
 @cache
-def source_digest(*modules: str) -> str:
-    """sha256 over the source files that these modules of bwsk are made of, themselves and all they import from bwsk."""
-    digest = hashlib.sha256()
-    for path in source_files(*modules):
-        digest.update(f"{path.relative_to(PACKAGE).as_posix()}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+def source_digest(step: str, source: Source = _SOURCE) -> str:
+    """sha256 of the code that this step of `STEPS` can run (`source_digest.py` says what of it counts)."""
+    return source.digest(STEPS[step].modules, (*STEPS[step].without, *UNCOUNTED))
 
 
-def source_files(*modules: str) -> list[Path]:
-    """The files of these modules of bwsk and, transitively, of every bwsk module that they import."""
-    found: set[Path] = set()
-    waiting = {path for module in modules if (path := _file(module.split(".")))}
-    while waiting:
-        path = waiting.pop()
-        found.add(path)
-        waiting |= imported(path.read_bytes()) - found
-    return sorted(found)
+def source_files(step: str, source: Source = _SOURCE) -> list[Path]:
+    """The files that this code lies in."""
+    return source.files(STEPS[step].modules, (*STEPS[step].without, *UNCOUNTED))
 
 
-def imported(source: bytes | str) -> set[Path]:
-    """The files of the bwsk modules that a source text imports, anywhere in it."""
-    names: list[str] = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-    parts = [name.split(".") for name in names]
-    return {path for first, *rest in parts if first == "bwsk" and (path := _file(rest))}
-
-
-def _file(parts: list[str]) -> Path | None:
-    """The file of a module below bwsk. The package's own `__init__` only forwards names and decides nothing."""
-    if not parts:
-        return None
-    path = PACKAGE.joinpath(*parts)
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+def write_digests(folder: Path) -> None:
+    """Write the digest of each step's source to a file of its name in `folder`; DVC's stages depend on them."""
+    for step in STEPS:
+        write_text(folder / step, f"{source_digest(step)}\n")
 
 
 def versions() -> dict[str, str | None]:

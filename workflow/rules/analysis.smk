@@ -73,7 +73,7 @@ rule predict_memory:
         mem_mb=4000,
         runtime="10m",
     params:
-        identity=params_identity("memory"),
+        identity=memory_identity,
         step=STEP,
         precision=PARAMS.train.precision,
         mode=memory_mode,

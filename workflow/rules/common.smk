@@ -53,8 +53,13 @@ wildcard_constraints:
 
 
 def params_identity(step):
-    """The parameters that a step reads and the digest of its source: it reruns when either changes."""
+    """The parameters that a step reads and the digest of its code: it reruns when either changes."""
     return json.dumps(identity(PARAMS, step), sort_keys=True)
+
+
+def memory_identity(wildcards):
+    """The same for the prediction of one mode's memory."""
+    return params_identity(f"memory-{wildcards.mode}")
 
 
 def train_identity(wildcards):
