@@ -95,7 +95,7 @@ def evaluation_table(splits: dict[str, dict[str, Any]]) -> None:
 
 
 def compare_table(changes: list[Change], a: str, b: str) -> None:
-    """Print what differs between the sides called `a` and `b`, grouped."""
+    """Print the changes between the sides named `a` and `b`, by group."""
     shown = table("", "", escape(a), escape(b), "change")
     previous = None
     for change in changes:
@@ -118,7 +118,7 @@ def _side(change: Change, value: Any) -> str:
 
 
 def _digits(peak: float) -> int:
-    """Decimals of all sizes in MiB of a table: those of a small model would be nothing but zeros without."""
+    """Decimals of the sizes in MiB of a table; those of a small model need one."""
     return 1 if peak < 100 else 0
 
 

@@ -320,10 +320,10 @@ def _leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Model card</title>
 <style>
-body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; font-size: 90%; }
 th, td { border: 1px solid #d0d7de; padding: .35rem .7rem; text-align: left; font-variant-numeric: tabular-nums; }
-body > table td:first-child { white-space: nowrap; } tr:nth-child(2n) { background: #f6f8fa; }
+body > table td:first-child, td[style*="right"] { white-space: nowrap; } tr:nth-child(2n) { background: #f6f8fa; }
 pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; } code { font-size: 85%; } img { max-width: 100%; }
 blockquote { border-left: .25rem solid #d29922; margin: 1rem 0; padding: .1rem 1rem; background: #fff8e5; }
 </style>

@@ -31,7 +31,7 @@ _LEAK = publication.LEAKED_MIB
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Judges `ours` against the published value; `better` says on which side of it lies progress."""
+    """Judges `ours` against the published value; `better` says which side of it is an improvement."""
 
     width: float
     relative: bool
@@ -40,7 +40,7 @@ class Tolerance:
     def judge(self, published: float, ours: float) -> Outcome:
         """`reproduced` within the width, else `exceeded` on the better side, else `not reproduced`."""
         deviation = (ours - published) / published if self.relative else ours - published
-        # Rounding of the arithmetic itself must not decide at the very edge.
+        # Rounding in this arithmetic must not decide a value at the very edge.
         if abs(deviation) <= self.width * (1 + 1e-9):
             return "reproduced"
         if self.better is None:
@@ -57,12 +57,12 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Identical:
-    """Judges how far the modes lie apart: identical weights are more than what was published."""
+    """Judges the spread of the modes: none at all is better than what was published."""
 
     slack: float
 
     def judge(self, published: float, ours: float) -> Outcome:
-        """`exceeded` at no spread at all, `reproduced` up to `slack` above the published one."""
+        """`exceeded` if there is no spread, `reproduced` up to `slack` above the published one."""
         if ours == 0.0:
             return "exceeded"
         return "reproduced" if ours <= published + self.slack else "not reproduced"
@@ -75,7 +75,7 @@ class Identical:
 
 @dataclass(frozen=True)
 class Claim:
-    """A published statement with a number: where it stands, how that number was made, and how ours is judged.
+    """A published number: where it is stated, how it was obtained, and how a study's own value is judged.
 
     A claim with a `noise` (per cent) is judged only where that is known and within the width of its rule.
     """

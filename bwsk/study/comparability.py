@@ -1,8 +1,8 @@
-"""In what a study is not the published one, read off its parameters and off what its steps recorded.
+"""How a study differs from the published one, by its parameters and by what its steps recorded.
 
-Each difference belongs to an aspect (model, data, recipe, device); a published claim can be judged if the study is as
-published in the aspects that the claim depends on. Local copies of the published inputs count as the published ones if
-they are of their size: rows of the corpus, training blocks, parameters.
+Each difference belongs to an aspect (model, data, recipe, device). A published claim can be judged if the study is as
+published in every aspect that the claim depends on. Local copies of the published inputs count as the published ones
+if their sizes match: rows of the corpus, training blocks, parameters.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Difference:
-    """One respect in which a study is not the published one."""
+    """One difference between a study and the published one."""
 
     aspect: Aspect
     text: str
 
 
 def differences(params: Params, results: Results) -> list[Difference]:
-    """In what the study is not the published one; empty if it is."""
+    """All differences between the study and the published one; empty if there are none."""
     return [*_model_differences(params, results), *_data_differences(params, results), *_recipe(params, results)]
 
 
@@ -46,7 +46,7 @@ def _model_differences(params: Params, results: Results) -> Iterator[Difference]
             if (name, revision) != (publication.BASE_ID, publication.BASE_REVISION):
                 yield Difference("model", f"base is {name} at {revision[:8]}, published {wanted}")
         case DirectoryBase(id=name):
-            # A local copy counts if it is declared to be the published model and is of its size.
+            # A local copy counts if it is declared to be the published model and has its size.
             if name != publication.BASE_ID:
                 yield Difference("model", f"base is {params.base_name}, published {wanted}")
         case _:
@@ -58,7 +58,7 @@ def _model_differences(params: Params, results: Results) -> Iterator[Difference]
 def _data_differences(params: Params, results: Results) -> Iterator[Difference]:
     tokens = results["tokens"]["splits"]
     rows = {split: figures["rows"] for split, figures in results["corpus"]["splits"].items()}
-    # The number of training blocks checks text and tokenizer at once; it also vouches for local copies.
+    # The number of training blocks checks text and tokenizer at once, local copies included.
     same_blocks = tokens["train"]["n_blocks"] in publication.TRAIN_BLOCKS
     wanted = f"{publication.DATASET_ID} {publication.DATASET_CONFIG} at {publication.DATASET_REVISION[:8]}"
     match params.corpus:
@@ -77,7 +77,7 @@ def _data_differences(params: Params, results: Results) -> Iterator[Difference]:
             if (name, revision) != (publication.BASE_ID, publication.BASE_REVISION):
                 yield Difference("data", f"tokenizer is {name} at {revision[:8]}, published {publication.BASE_ID}")
         case DirectoryTokenizer():
-            pass  # judged by what it makes of the text, below
+            pass  # judged by the number of blocks that it gives, below
         case _:
             yield Difference("data", f"tokenizer is trained here, published that of {publication.BASE_ID}")
     if not same_blocks:

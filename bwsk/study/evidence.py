@@ -48,7 +48,7 @@ def evidence(results: Results) -> list[Evidence]:
         Evidence(
             "S-type share of modules",
             per_cent(shares["published"]),
-            f"{per_cent(shares['ours'])} (strict rules {per_cent(100 * results['census']['strict']['s_ratio'])})",
+            f"{per_cent(shares['ours'])} (strict {per_cent(100 * results['census']['strict']['s_ratio'])})",
             verdicts(results, "classification"),
             f"{results['census']['total']} leaf modules; the strict share is the one that witnesses fully support",
         ),

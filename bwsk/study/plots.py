@@ -1,8 +1,8 @@
-"""The study's figures as PNG: loss curves, validation perplexity, and what a training step costs in memory and time.
+"""The study's plots as PNG: loss curves, validation perplexity, and the memory and time of a training step.
 
-The modes of a study compute the same gradients, so their curves usually coincide. Each mode therefore has a width and a
-pattern of its own (a broad pale line, a dashed one, a thin one with rings), and all three show where they overlap.
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart. The same figures give the same bytes.
+The modes of a study compute the same gradients, so their curves usually coincide. Each mode therefore has its own line
+width and pattern (a broad pale line, a dashed one, a thin one with rings), so that all three are visible where they
+overlap. The colours are from the palette of Okabe and Ito for colour-blind readers. The same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _RINGS = 12  # markers along a curve
 
 
 def draw(results: dict[str, Any], trainings: dict[str, dict[str, Any]], out: Path) -> list[Path]:
-    """Write the `PLOTS` of the repository into `out`; `trainings` are the training_results.json by variant."""
+    """Draw the `PLOTS` of a model repository into `out`; `trainings` are the training_results.json by variant."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}), atomic_directory(out) as folder:
         pictures = (
             _curves(trainings, "train_loss_steps", "train_loss_curve", "training loss (nats per token)"),
@@ -61,7 +61,7 @@ def draw(results: dict[str, Any], trainings: dict[str, dict[str, Any]], out: Pat
             _cost(results),
         )
         for name, picture in zip(PLOTS, pictures, strict=True):
-            # Without the version of the software in it, the bytes depend on the picture alone.
+            # The version of matplotlib is left out, so that the bytes depend on the picture alone.
             picture.savefig(folder / name, metadata={"Software": None})
     return [out / name for name in PLOTS]
 
@@ -134,7 +134,7 @@ def _cost(results: dict[str, Any]) -> Figure:
         small = max(figures[key] for figures in variants.values()) < 100
         text = "{:,.1f}" if small else "{:,.0f}"
         _bars(memory, variants, key, "MiB", text)
-        # float32 weights, their gradients and AdamW's two moments: no activation trick gets below.
+        # float32 weights, their gradients and AdamW's two moments: saving fewer activations cannot get below.
         floor = 4 * 4 * results["base"]["parameters"] / MIB
         outline = [withStroke(linewidth=2.6, foreground="white")]
         memory.axhline(floor, color="#333333", linewidth=1.0, linestyle=(0, (4, 3)), path_effects=outline)

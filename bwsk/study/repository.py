@@ -1,4 +1,4 @@
-"""What a finished model repository consists of: `results/` of a study, as published plus the figures of its card."""
+"""The files of a finished model repository: `results/` of a study, as published, plus the plots of its card."""
 
 from __future__ import annotations
 

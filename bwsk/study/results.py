@@ -1,7 +1,7 @@
-"""`results/results.json`: everything that a study found, in one strict JSON file, and a verdict per published claim.
+"""`results/results.json`: all results of a study in one strict JSON file, with a verdict per published claim.
 
-It is a pure function of `params.yaml`, of what the steps before wrote and of this source: collecting again gives the
-same bytes. Absent numbers are null (there is no measured peak on a CPU), never 0.
+It is a pure function of `params.yaml`, the artifacts of the earlier steps and this source: collecting again gives the
+same bytes. Absent numbers are null, never 0 (there is no measured peak on a CPU).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bwsk.study.provenance import identity
 from bwsk.study.schemas import read_checked
 from bwsk.study.staleness import current_evaluation, current_inputs, current_training, force
 
-# Fields of training_results.json that results.json repeats; the curves stay where they are.
+# Fields of training_results.json that results.json repeats, and columns of the CSV table. Curves are not repeated.
 COLUMNS = (
     "final_train_loss",
     "best_val_metric",
@@ -58,10 +58,10 @@ def collect(params: Params, study: Path) -> dict[str, Any]:
 
 
 def gather(params: Params, study: Path) -> dict[str, Any]:
-    """What `results.json` says, without writing it.
+    """The content of `results.json`, without writing it.
 
-    BwskError if a variant or an intermediate artifact is missing, stale, malformed, or if the evaluation of the saved
-    weights does not agree with what training recorded.
+    Raises BwskError if a variant or an intermediate artifact is missing, stale or malformed, or if the evaluation of
+    the saved weights does not agree with what training recorded.
     """
     _all_there(params, study)
     inputs = current_inputs(params, study)
@@ -100,7 +100,7 @@ def gather(params: Params, study: Path) -> dict[str, Any]:
     results["differences"] = differing
     results["comparable"] = params.study.published is not None and not differing
     results["claims"] = judge(params, results)
-    # Provenance reads best at the end, where it is in the way of nobody.
+    # Provenance goes to the end of the file: it is long, and few read it.
     results["provenance"] = results.pop("provenance")
     return results
 
@@ -114,7 +114,7 @@ def read_results(study: Path) -> dict[str, Any]:
 
 
 def write_table(results: dict[str, Any], path: Path) -> None:
-    """The six variants as CSV, a row each: for the workflow's report and for spreadsheets. Empty cells are absent."""
+    """A CSV row per variant, for the workflow's report and for spreadsheets; an absent number is an empty cell."""
     rows = [
         {
             "variant": name,
@@ -135,7 +135,7 @@ def write_table(results: dict[str, Any], path: Path) -> None:
 
 
 def _all_there(params: Params, study: Path) -> None:
-    """All that is missing at once: to be told of one variant after the other is tiresome."""
+    """Report every missing variant in one error instead of one per run."""
     folders = {name: study / "results" / name for name in params.variant_names}
     missing = [name for name, folder in folders.items() if not (folder / "training_results.json").is_file()]
     if len(missing) == len(folders):
@@ -151,7 +151,7 @@ def _all_there(params: Params, study: Path) -> None:
 
 
 def _same_windows(params: Params, study: Path, name: str, evaluation: dict[str, Any], tokens: dict[str, Any]) -> None:
-    """The evaluation's windows are those of the present tokens section: the token files do not depend on it."""
+    """Check that the evaluation used the windows of the current parameters, on which the token files do not depend."""
     for split in ("validation", "test"):
         there = tokens["splits"][split]["n_windows"]
         wanted = min(there, params.evaluate.max_windows or there)
@@ -186,7 +186,7 @@ def _variant(training: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, 
 
 
 def _memory_saving(trainings: dict[str, dict[str, Any]], init: str) -> dict[str, float | None]:
-    """Share of the conventional peak that the reversible mode saves; null where a peak is absent."""
+    """Share of the conventional peak memory that the reversible mode saves; None where a peak is absent."""
     saving: dict[str, float | None] = {}
     for kind, key in (("measured", "peak_memory_mb"), ("predicted", "predicted_peak_memory_mb")):
         full, reduced = (trainings.get(f"{init}-{mode}", {}).get(key) for mode in ("conventional", "bwsk-reversible"))

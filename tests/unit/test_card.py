@@ -81,7 +81,7 @@ def test_the_first_screen_says_which_claims_hold_and_on_what_evidence() -> None:
     top = render(PARAMS, RESULTS).partition("\nThe model,")[0].partition("# BWSK T5-small")[2]
     assert len(top.splitlines()) <= 24
     for row in (
-        "| S-type share of modules | 70.5 % | 70.5 % (strict rules 64.2 %) | 3 reproduced | 190 leaf modules;",
+        "| S-type share of modules | 70.5 % | 70.5 % (strict 64.2 %) | 3 reproduced | 190 leaf modules;",
         "| Test perplexity, conventional | 30.62 / 234.27 | 30.62 / 234.27 | 12 reproduced | evaluated from the saved",
         "| Peak memory saved, reversible | 36.4 % | 36.4 % (measured) | 4 reproduced, 2 not reproduced | measured by",
         "conventional and bwsk-analyzed run the same step and differ by 0.0 % |",

@@ -89,7 +89,8 @@ def test_bwsk_compare(versions: Checkout, six_variants: Checkout) -> None:
         assert re.search(r"weights", shown)
         # Their figures are the same; a variant that does not differ has no row.
         assert "finetune-conventional" not in shown
-    assert "no difference" in versions.bwsk("compare", "HEAD", str(versions.study))
+    equal = versions.bwsk("compare", "HEAD", str(versions.study))
+    assert equal.startswith("equal: the same parameters, data, source and weights")
     unrecorded = versions.bwsk("compare", "HEAD~2", "HEAD", ok=False)
     assert unrecorded.startswith(
         "bwsk: error: HEAD~2: neither git nor DVC has demo/results/results.json there (not rec"
