@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bwsk.errors import BwskError
-from bwsk.locks import flock
+from bwsk.locks import flock, require_posix
 
 _PARTIAL = ".partial-"
 
@@ -136,6 +136,7 @@ def partial_folder(path: Path) -> Iterator[Path]:
 
     Each is locked by the process that writes into it, which tells a dead one's from a live one's.
     """
+    require_posix(f"{path}: writing it whole or not at all")
     try:
         path.mkdir(parents=True, exist_ok=True)
         parent = os.open(path, os.O_RDONLY)
@@ -160,6 +161,7 @@ def partial_folder(path: Path) -> Iterator[Path]:
 
 def require_writable(folder: Path) -> None:
     """BwskError if `folder` could not be written at the end of a long step; nothing is created."""
+    require_posix(f"{folder}: writing it whole or not at all")
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

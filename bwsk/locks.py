@@ -1,13 +1,13 @@
 """Locks on files that die with the process that holds them, and say who that is.
 
 A lock is the operating system's (flock), so a kill of any kind frees it; the file only carries the name of the holder
-and stays. Where a file system has no such locks the lock is granted: it is a guard against accidents.
+and stays. Where a file system has no such locks the lock is granted: it is a guard against accidents. A system that is
+not POSIX has none at all, nor the rest that whole files and studies stand on: there `require_posix` says so.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import platform
 import sys
@@ -17,6 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from bwsk.errors import BwskError
+
+try:
+    import fcntl
+except ImportError:  # Windows: what needs no locks works there
+    fcntl = None
 
 POLL_SECONDS = 0.5
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -34,8 +39,17 @@ class Lock:
         os.close(self._descriptor)
 
 
+def require_posix(what: str) -> None:
+    """BwskError if this system has no file locks; `what` is what they are needed for."""
+    if fcntl is None:
+        raise BwskError(
+            f"{what}: needs a POSIX system such as Linux, found {sys.platform}, which has no flock; run it there"
+        )
+
+
 def try_lock(path: Path, waited: bool = False) -> Lock | None:
     """The lock of `path`, or None if another process has it."""
+    require_posix(str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open(path)

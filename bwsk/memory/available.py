@@ -52,7 +52,7 @@ def _available() -> float | None:
         pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB
-    except (ValueError, OSError):
+    except (ValueError, OSError, AttributeError):  # no such number, or no such call: Windows
         return None
 
 
@@ -84,8 +84,10 @@ def _groups(root: Path = CGROUPS, process: Path = Path("/proc/self/cgroup")) -> 
 
 def _address_space() -> float:
     """MiB that the process may still map under its limit; infinite without one."""
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return math.inf

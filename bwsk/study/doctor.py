@@ -19,9 +19,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from bwsk.errors import BwskError
+from bwsk.locks import require_posix
 from bwsk.memory.available import free_host_memory
-from bwsk.study import hub
-from bwsk.study import tested_versions as tested
 from bwsk.study.params import DirectoryCorpus, Params, load_params
 
 Status = Literal["ok", "warn", "fail"]
@@ -67,6 +66,10 @@ def runs(findings: list[Finding]) -> bool:
 
 def _software() -> Iterator[Finding]:
     yield Finding("Python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    try:
+        require_posix("study")
+    except BwskError as error:
+        yield Finding("system", "fail", str(error).split(": ", 1)[1], "the library alone works here")
     for names, status, advice in (
         (NEEDED, "fail", "pip install the package again"),
         (STUDY, "warn", "pip install the extra 'study' to run the workflow"),

@@ -18,7 +18,7 @@ sys.path.insert(0, str(workflow.basedir))
 os.umask(os.umask(0o022) | 0o002)
 
 from bwsk.errors import BwskError
-from bwsk.locks import hold_study, sign_study
+from bwsk.locks import hold_study, require_posix, sign_study
 from bwsk.study.params import load_params
 from bwsk.study.provenance import identity
 
@@ -31,6 +31,7 @@ shell.prefix(
 )
 
 try:
+    require_posix("the workflow")
     PARAMS = load_params("params.yaml")
 except BwskError as error:
     raise WorkflowError(str(error))
