@@ -74,8 +74,8 @@ def memory(
     from bwsk.architecture import load_config
     from bwsk.cli.tables import memory_table
     from bwsk.files import write_json
-    from bwsk.memory.fake_step import MIB
     from bwsk.memory.prediction import largest_batch, predict_memory
+    from bwsk.units import MIB, size_in_bytes
 
     config = load_config(model)
     step = {

@@ -17,10 +17,8 @@ from torch import nn
 
 from bwsk.architecture import load_config
 from bwsk.errors import BwskError
-from bwsk.memory.fake_step import MIB, fake_step, require_one_of, stock_peak
-
-if TYPE_CHECKING:
-    pass
+from bwsk.memory.fake_step import fake_step, require_one_of, stock_peak
+from bwsk.units import MIB, to_precision
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 from bwsk.errors import BwskError
 from bwsk.locks import require_posix
 from bwsk.memory.available import free_host_memory
+from bwsk.study import hub
+from bwsk.study import tested_versions as tested
 from bwsk.study.params import DirectoryCorpus, Params, load_params
 
 Status = Literal["ok", "warn", "fail"]
