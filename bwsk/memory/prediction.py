@@ -90,7 +90,7 @@ def predict_memory(
         if mode == "checkpoint":
             _enable_checkpointing(fake)
         elif mode == "reversible":
-            from bwsk.reversible import make_reversible
+            from bwsk.reversible.handle import make_reversible
 
             make_reversible(
                 fake, budget, batch=batch, input_length=input_length, target_length=targets, precision=precision

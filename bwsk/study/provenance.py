@@ -33,6 +33,9 @@ class Step:
     without: tuple[str, ...] = ()
 
 
+# The reversible engine, as those that run it import it: inside functions.
+_ENGINE = ("reversible.handle", "reversible.plan")
+
 # A step for each mode of what differs by it: what one mode cannot run is no source of its variants. Which parameters
 # a training reads depends on its variant (see `identity`).
 STEPS = {
@@ -42,11 +45,11 @@ STEPS = {
     "base": Step(("study.base_checkpoint",), ("base", "seed")),
     "classify": Step(("classification.census", "files")),
     "trace": Step(("classification.trace", "classification.barriers", "classification.plots")),
-    "memory-conventional": Step(("memory.prediction", "files"), without=("reversible",)),
-    "memory-bwsk-analyzed": Step(("memory.prediction", "files"), without=("reversible",)),
+    "memory-conventional": Step(("memory.prediction", "files"), without=_ENGINE),
+    "memory-bwsk-analyzed": Step(("memory.prediction", "files"), without=_ENGINE),
     "memory-bwsk-reversible": Step(("memory.prediction", "files")),
-    "train-conventional": Step(("study.train",), without=("reversible", "classification.erasure")),
-    "train-bwsk-analyzed": Step(("study.train",), without=("reversible",)),
+    "train-conventional": Step(("study.train",), without=(*_ENGINE, "classification.erasure")),
+    "train-bwsk-analyzed": Step(("study.train",), without=_ENGINE),
     "train-bwsk-reversible": Step(("study.train",), without=("classification.erasure",)),
     "evaluate": Step(("study.evaluate",), ("tokens", "evaluate")),
     "results": Step(("study.results",), ("study", "variants")),
