@@ -13,24 +13,14 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bwsk import _compat
+from bwsk._compat import from_config
 from bwsk.errors import BwskError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedConfig
-
-# Heads to try, in this order, for a config that does not name its class: a T5 becomes its sequence-to-sequence model,
-# a BERT its masked language model, a GPT-2 its causal one. These are the classes that the publication counted.
-_HEADS = (
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
-    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_MAPPING_NAMES",
-)
 
 
 def load_config(source: Any, revision: str | None = None) -> PreTrainedConfig:
@@ -108,7 +98,7 @@ def _hub_resolves() -> bool:
 
 
 def _parse(source: str, path: Path) -> PreTrainedConfig:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+    from bwsk._compat import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -134,22 +124,21 @@ def _parse(source: str, path: Path) -> PreTrainedConfig:
 def model_class(config: PreTrainedConfig) -> type[nn.Module]:
     """The class that `config` is for: the one it names in `architectures`, else its task's class in transformers."""
     import transformers
-    from transformers.models.auto import modeling_auto
 
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
-        if found is not None and hasattr(found, "_from_config"):
+        if found is not None and from_config(found, None) is not None:
             return found
         if getattr(config, "auto_map", None):
             raise BwskError(
                 f"{config.model_type}: architecture {name!r} exists as remote code only, which is never executed"
             )
         raise BwskError(f"{config.model_type}: the installed transformers has no class {name!r}; update it or check it")
-    heads = list(_HEADS)
+    heads = list(_compat.HEADS)
     if getattr(config, "is_decoder", False):
         heads[2], heads[3] = heads[3], heads[2]
     for head in heads:
-        name = getattr(modeling_auto, head, {}).get(config.model_type)
+        name = getattr(_compat, head).get(config.model_type)
         if isinstance(name, (list, tuple)):
             name = name[0]
         if name is not None and hasattr(transformers, name):
@@ -170,10 +159,11 @@ def build(
     import torch
 
     cls = model_class(config)
+    construct = from_config(cls)
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with torch.device(device):
-            return cls._from_config(copy.deepcopy(config), **extra).train()
+            return construct(copy.deepcopy(config), **extra).train()
     except Exception as error:  # model constructors fail in as many ways as there are models
         raise BwskError(
             f"{config.model_type}: {cls.__name__} cannot be built from this config: {one_line(error)}"

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from bwsk._compat import tree_leaves
 from bwsk.errors import BwskError
 
 

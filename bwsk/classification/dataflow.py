@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from bwsk._compat import TorchDispatchMode, mutates, operator_name, storage_key, tree_leaves
 from bwsk.classification import operator_names as names
-from bwsk.classification.operators import OpInfo, Role, identify_call, operator_name, output_role, packet_name
+from bwsk.classification.operators import OpInfo, Role, identify_call, output_role, packet_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +88,7 @@ def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> Flow:
     """
     steps: list[Step] = []
     number: dict[int, int] = {id(x): 0}  # tensor -> value that it holds now
-    roles: dict[int, Role] = {_storage(x): Role.DATA}
+    roles: dict[int, Role] = {storage_key(x): Role.DATA}
     alive: list[Any] = [x]  # a freed tensor's id, or a freed storage's address, would be used again
     count = 0
 
@@ -97,7 +96,7 @@ def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> Flow:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal count
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            before = {id(t): roles.get(_storage(t), Role.FIXED) for t in inputs}
+            before = {id(t): roles.get(storage_key(t), Role.FIXED) for t in inputs}
             if packet_name(func) in names.TO_PYTHON and Role.DATA in before.values():
                 raise ValueError(f"{operator_name(func)} of data")
             out = func(*args, **(kwargs or {}))
@@ -108,9 +107,9 @@ def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> Flow:
             for t in outs:
                 count += 1
                 number[id(t)] = count
-                roles[_storage(t)] = max(role, roles.get(_storage(t), Role.FIXED))
-                others = [u for u in alive if _storage(u) == _storage(t) and u is not t]
-                if func._schema.is_mutable and id(t) in before and others:
+                roles[storage_key(t)] = max(role, roles.get(storage_key(t), Role.FIXED))
+                others = [u for u in alive if storage_key(u) == storage_key(t) and u is not t]
+                if mutates(func) and id(t) in before and others:
                     subject = OpInfo("unknown", {"class": operator_name(func)})
                     number.update((id(u), count) for u in others)
                 alive.append(t)
@@ -124,7 +123,3 @@ def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> Flow:
     told = {id(t): t for t in tensors if id(t) in number}
     fewer = sum(t.numel() for t in told.values()) < x.numel()
     return Flow(tuple(steps), frozenset(number[i] for i in told), fewer)
-
-
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata

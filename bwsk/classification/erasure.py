@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from bwsk._compat import inside_compiled
 from bwsk.classification.identify import identify, leaves
 
 _MEASURED = frozenset({"relu", "gelu", "silu", "dropout", "softmax", "pooling"})
@@ -57,7 +58,7 @@ class ErasureMeter:
 
     def __init__(self, model: nn.Module) -> None:
         """Finds the measurable leaves by what they compute; the model may be on any real device."""
-        self.model = getattr(model, "_orig_mod", model)  # compiled code runs no hooks: take the module inside
+        self.model = inside_compiled(model) or model  # compiled code runs no hooks: take the module inside
         cache: dict[Any, Any] = {}
         found = [(module, identify(module, cache)) for _, module in leaves(self.model)]
         self._leaves = [

@@ -22,6 +22,18 @@ from typing import Any
 
 from torch import nn
 
+from bwsk._compat import (
+    AdaptiveAvgPoolNd,
+    AdaptiveMaxPoolNd,
+    AvgPoolNd,
+    BatchNorm,
+    ConvNd,
+    DropoutNd,
+    InstanceNorm,
+    Loss,
+    LPPoolNd,
+    MaxPoolNd,
+)
 from bwsk.classification.operators import OpInfo
 from bwsk.classification.probe import by_probe, probe_key
 
@@ -56,7 +68,7 @@ def _pooling(module: Any) -> OpInfo:
     kernel, stride, padding = ((n,) if isinstance(n, int) else tuple(n or ()) for n in sizes)
     if kernel and set(kernel) == set(stride) == {1} and not any(padding):  # each window holds one element
         return OpInfo("identity")
-    mean = isinstance(module, nn.modules.pooling._AvgPoolNd)
+    mean = isinstance(module, AvgPoolNd)
     return OpInfo("pooling", {"kernel": kernel, "mean": mean, "keeps": mean and _keeps(kernel, stride, padding)})
 
 
@@ -118,20 +130,20 @@ def _layer_norm(module: Any) -> OpInfo:
 
 _TYPES: tuple[tuple[type[nn.Module], Callable[[Any], OpInfo]], ...] = (
     (nn.Linear, lambda m: OpInfo("linear", {"in": m.in_features, "out": m.out_features})),
-    (nn.modules.dropout._DropoutNd, _dropout),
+    (DropoutNd, _dropout),
     (nn.LayerNorm, _layer_norm),
     (nn.RMSNorm, lambda m: OpInfo("rms_norm", {"size": math.prod(m.normalized_shape)})),
     (nn.GroupNorm, lambda m: OpInfo("group_norm", {"channels": m.num_channels // m.num_groups})),
-    (nn.modules.instancenorm._InstanceNorm, lambda m: OpInfo("group_norm", {"channels": 1})),
-    (nn.modules.batchnorm._BatchNorm, _batch_norm),
+    (InstanceNorm, lambda m: OpInfo("group_norm", {"channels": 1})),
+    (BatchNorm, _batch_norm),
     (nn.Embedding, lambda m: OpInfo("embedding", {"rows": m.num_embeddings, "out": m.embedding_dim})),
-    (nn.modules.conv._ConvNd, _convolution),
+    (ConvNd, _convolution),
     (nn.Identity, lambda m: OpInfo("identity")),
-    (nn.modules.pooling._MaxPoolNd, _pooling),
-    (nn.modules.pooling._AvgPoolNd, _pooling),
-    (nn.modules.pooling._AdaptiveAvgPoolNd, _pooling),
-    (nn.modules.pooling._AdaptiveMaxPoolNd, _pooling),
-    (nn.modules.pooling._LPPoolNd, _pooling),
+    (MaxPoolNd, _pooling),
+    (AvgPoolNd, _pooling),
+    (AdaptiveAvgPoolNd, _pooling),
+    (AdaptiveMaxPoolNd, _pooling),
+    (LPPoolNd, _pooling),
     (nn.Upsample, _upsample),
     (nn.RNNBase, _recurrent),
     (nn.RNNCellBase, _recurrent),
@@ -139,7 +151,7 @@ _TYPES: tuple[tuple[type[nn.Module], Callable[[Any], OpInfo]], ...] = (
     (nn.Unflatten, lambda m: OpInfo("reshape")),
     (nn.PixelShuffle, lambda m: OpInfo("reshape")),
     (nn.PixelUnshuffle, lambda m: OpInfo("reshape")),
-    (nn.modules.loss._Loss, lambda m: OpInfo("loss")),
+    (Loss, lambda m: OpInfo("loss")),
 )
 
 

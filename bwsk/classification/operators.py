@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from bwsk._compat import operator_name, tree_leaves
 from bwsk.classification import operator_names as names
 
 Facts = Mapping[str, Any]
@@ -62,14 +62,9 @@ def output_role(subject: OpInfo, name: str, roles: Iterable[Role]) -> Role:
     return Role.FIXED if name in names.SHAPE_ONLY else max(roles, default=Role.FIXED)
 
 
-def operator_name(func: Any) -> str:
-    """'aten::mm' for `torch.ops.aten.mm.default`."""
-    return func._schema.name
-
-
 def packet_name(func: Any) -> str:
     """'mm' for `torch.ops.aten.mm.default`."""
-    return func._schema.name.partition("::")[2]
+    return operator_name(func).partition("::")[2]
 
 
 def _by_name(

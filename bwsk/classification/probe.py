@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
+from bwsk._compat import tree_leaves
 from bwsk.classification.dataflow import Flow, dispatched
 from bwsk.classification.operators import OpInfo
 from bwsk.classification.witness import fixed_draws

@@ -17,11 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
-from bwsk.classification.operators import OpInfo, Role, identify_call, operator_name, output_role, packet_name
+from bwsk._compat import (
+    TorchDispatchMode,
+    WeakIdKeyDictionary,
+    is_view,
+    mutates,
+    native_dropout,
+    operator_name,
+    storage_key,
+    tree_leaves,
+)
+from bwsk.classification.operators import OpInfo, Role, identify_call, output_role, packet_name
 from bwsk.classification.rules.rule import RuleSet
 from bwsk.classification.rules.sets import rule_set
 
@@ -64,12 +71,12 @@ class CudaDropout(TorchFunctionMode):
             bound.apply_defaults()
             p, training, inplace = (bound.arguments[n] for n in ("p", "training", "inplace"))
             if training and 0 < p <= 1 and not inplace:
-                return torch.native_dropout(bound.arguments["input"], p, True)[0]
+                return native_dropout(bound.arguments["input"], p, True)[0]
         return func(*args, **kwargs)
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any, kind: str, inputs: list[Tensor], outs: list[Tensor]) -> int:
-    from torch.utils.flop_counter import flop_registry
+    from bwsk._compat import flop_registry
 
     formula = flop_registry.get(func.overloadpacket)
     if formula is not None:
@@ -95,7 +102,7 @@ class BackwardTotals(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         inputs, outs = _tensors((args, kwargs)), _tensors(out)
-        view = func.is_view
+        view = is_view(func)
         flops = 0 if view else _flops(func, args, kwargs, out, "", inputs, outs)
         self.sums.update(operations=1, flops=flops, bytes=0 if view else sum(t.nbytes for t in inputs + outs))
         self.names[operator_name(func)] += 1
@@ -107,10 +114,6 @@ class BackwardTotals(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
-
-
-def _key(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
 
 
 class Recorder(TorchDispatchMode):
@@ -131,7 +134,7 @@ class Recorder(TorchDispatchMode):
     def start(self, inputs: list[Tensor]) -> None:
         """The batch is data; parameters, buffers and whatever else turns up unseen are fixed."""
         for t in inputs:
-            self.storage_role[_key(t)] = Role.DATA
+            self.storage_role[storage_key(t)] = Role.DATA
 
     @contextmanager
     def paths(self, model: nn.Module) -> Iterator[None]:
@@ -157,7 +160,7 @@ class Recorder(TorchDispatchMode):
         """Count the storages that autograd keeps."""
 
         def pack(t: Tensor) -> Tensor:
-            key = _key(t)
+            key = storage_key(t)
             if key in self.birth:  # parameters and the batch were born nowhere
                 born = self.birth[key]
                 if key not in self.kept.setdefault(born, set()):
@@ -168,17 +171,17 @@ class Recorder(TorchDispatchMode):
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
 
     def _role(self, t: Tensor) -> Role:
-        return self.storage_role.get(_key(t), Role.FIXED)
+        return self.storage_role.get(storage_key(t), Role.FIXED)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.name.startswith("prim::"):  # a question about a tensor, such as its device
+        if operator_name(func).startswith("prim::"):  # a question about a tensor, such as its device
             return func(*args, **kwargs)
         inputs = _tensors((args, kwargs))
         roles = [self._role(t) for t in inputs]
         known = {id(t): role for t, role in zip(inputs, roles, strict=True)}
         sources = self._sources(inputs, roles)
-        keys = {_key(t) for t in inputs}
+        keys = {storage_key(t) for t in inputs}
         out = func(*args, **kwargs)
         outs = _tensors(out)
         if packet_name(func) in ("detach", "alias", "lift_fresh"):  # autograd's own bookkeeping: the same tensor
@@ -186,7 +189,7 @@ class Recorder(TorchDispatchMode):
             return out
         subject = identify_call(func, args, kwargs, out, lambda t: known.get(id(t), Role.FIXED))
         role = output_role(subject, packet_name(func), roles)
-        view = func.is_view or (bool(outs) and all(_key(t) in keys for t in outs) and not func._schema.is_mutable)
+        view = is_view(func) or (bool(outs) and all(storage_key(t) in keys for t in outs) and not mutates(func))
         index = len(self.rows)
         self.rows.append({
             "index": index,
@@ -200,7 +203,7 @@ class Recorder(TorchDispatchMode):
             "saved_bytes": 0,
             "inputs": tuple(sources),
         })  # fmt: skip
-        self._follow(outs, role, index, keys, writes=func._schema.is_mutable)
+        self._follow(outs, role, index, keys, writes=mutates(func))
         return out
 
     def _sources(self, inputs: list[Tensor], roles: list[Role]) -> list[tuple[int, int]]:
@@ -210,7 +213,7 @@ class Recorder(TorchDispatchMode):
             if role is Role.FIXED:
                 continue
             # The later of the two: a tensor that was made before its storage was written depends on the writing.
-            made = max(self.made_by.get(t, -1), self.writer.get(_key(t), -1))
+            made = max(self.made_by.get(t, -1), self.writer.get(storage_key(t), -1))
             if made >= 0:
                 found[made] = max(found.get(made, 0), t.nbytes)
         return sorted(found.items())
@@ -219,7 +222,7 @@ class Recorder(TorchDispatchMode):
         self, outs: list[Tensor], role: Role, index: int | None, input_keys: set[int], *, writes: bool = False
     ) -> None:
         for t in outs:
-            key = _key(t)
+            key = storage_key(t)
             if key not in input_keys:
                 self.alive.append(t.untyped_storage())
                 self.storage_role[key] = role

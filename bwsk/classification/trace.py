@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from bwsk._compat import attention_kind, experts_kind, fake_tensor_log, tree_leaves, tree_map_only
 from bwsk.classification.counts import Counts
 from bwsk.classification.recorder import BackwardTotals, CudaDropout, Operation, Recorder
 from bwsk.classification.rules.rule import RuleSet
@@ -154,8 +154,8 @@ def trace(
         "device": device,
         "autocast": autocast,
         "inputs": {key: list(value.shape) for key, value in feed.items() if isinstance(value, Tensor)},
-        "attention": getattr(getattr(built, "config", None), "_attn_implementation", None),
-        "experts": getattr(getattr(built, "config", None), "_experts_implementation", None),
+        "attention": attention_kind(getattr(model, "config", None), None),
+        "experts": experts_kind(getattr(model, "config", None), None),
     }
     return Trace(name, chosen.name, setting, recorder.finish(), backward, parameter_bytes)
 
@@ -164,7 +164,7 @@ def _step(
     model: nn.Module, feed: Mapping[str, Any], recorder: Recorder, device: str, autocast: str | None
 ) -> tuple[dict[str, Any] | None, int]:
     """Forward and backward under the recorder; totals of backward, and the parameters' bytes."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from bwsk._compat import FakeTensorMode
 
     def fake(t: Tensor) -> Tensor:
         made = torch.empty(t.shape, dtype=t.dtype, device=device)
@@ -172,7 +172,7 @@ def _step(
 
     lower = torch.autocast(device, dtype_of(autocast)) if autocast else nullcontext()
     with ExitStack() as stack:
-        log = logging.getLogger("torch._subclasses.fake_tensor")  # what fails is told in one line, not here
+        log = fake_tensor_log()  # what fails is told in one line, not here
         stack.callback(log.setLevel, log.level)
         log.setLevel(logging.CRITICAL)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

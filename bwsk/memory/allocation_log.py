@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+
+from bwsk._compat import TorchDispatchMode, flop_registry, storage_key, tree_iter
 
 ROUND = 512
 _OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
@@ -50,13 +49,13 @@ class Tracker(TorchDispatchMode):
 
     def number(self, tensor: Tensor) -> int | None:
         """The number under which the storage of `tensor` is known, or None."""
-        entry = self._alive.get(tensor.untyped_storage()._cdata)
+        entry = self._alive.get(storage_key(tensor))
         return entry[1] if entry else None
 
     def adopt(self, tensor: Tensor) -> int:
         """Count a storage that existed before."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(tensor)
         if key in self._alive:
             return self._alive[key][1]
         size = -(-storage.nbytes() // ROUND) * ROUND
@@ -85,7 +84,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        packet = func._overloadpacket
+        packet = func.overloadpacket
         formula = flop_registry.get(packet) or flop_registry.get(_OUT_OF_PLACE.get(packet))
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bwsk._compat import native_dropout
+
 _cuda_accounting: ContextVar[bool] = ContextVar("bwsk_cuda_accounting", default=False)
 
 
@@ -102,7 +104,7 @@ def _in_this_thread(stock: Callable[..., Any], rule: Callable[..., Any]) -> Call
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(x, p, True)[0] if training and p > 0.0 else x
+    return native_dropout(x, p, True)[0] if training and p > 0.0 else x
 
 
 def _attention(

@@ -12,7 +12,6 @@ moments it needs
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PreTrainedConfig
 
+from bwsk._compat import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    fake_tensor_log,
+    from_config,
+)
 from bwsk.architecture import build, one_line
 from bwsk.errors import BwskError
 from bwsk.example_batch import example_batch, loss_of
@@ -156,7 +161,7 @@ def faked(model: Any, attention: str) -> Iterator[nn.Module]:
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), cuda_rules():
         warnings.simplefilter("ignore")
         _materialise(fake)
-        log = logging.getLogger(FakeTensorMode.__module__)
+        log = fake_tensor_log()
         before, log.disabled = log.disabled, True  # tells with a traceback what is raised here anyway
         try:
             yield fake.train()
@@ -177,7 +182,7 @@ def _structure(model: Any, attention: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         return build(config, attn_implementation=attention)
     with torch.device("meta"):
-        return type(model)._from_config(copy.deepcopy(config), attn_implementation=attention)
+        return from_config(type(model))(copy.deepcopy(config), attn_implementation=attention)
 
 
 def _materialise(model: nn.Module) -> None:

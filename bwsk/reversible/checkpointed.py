@@ -14,7 +14,6 @@ of each block are read off a training step on fake tensors, once per level; the 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +21,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import Cache, DynamicCache
 
+from bwsk._compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    LOSS_MAPPING,
+    BatchNorm,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    ForCausalLMLoss,
+    GradientCheckpointingLayer,
+    attention_kind,
+    eager_attention,
+    globally_hooked,
+    looks_up_attention,
+    own_loss,
+    routes_to_experts,
+    set_attention_kind,
+    set_loss,
+    tensor_version,
+)
 from bwsk.architecture import build
 from bwsk.errors import BwskError
 from bwsk.example_batch import example_batch
@@ -35,7 +49,6 @@ from bwsk.memory.fake_step import faked, step_loss, stock_peak
 from bwsk.reversible.budget import parse_budget
 from bwsk.reversible.cross_entropy import cross_entropy
 from bwsk.reversible.patching import (
-    globally_hooked,
     hooked,
     patch_forward,
     require_stock_forward,
@@ -53,9 +66,8 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ):
     """The attention that the module's own config asks for, recomputed while it trains."""
-    kind = module._bwsk._attn_implementation
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    plain = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager)
+    kind = attention_kind(module._bwsk)
+    plain = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention(module))
     recompute = kind in _KINDS and module.training and torch.is_grad_enabled() and not kwargs.get("output_attentions")
     if not recompute:
         return plain(module, query, key, value, attention_mask, **kwargs)
@@ -69,11 +81,11 @@ def _recomputed(function: Callable[..., Any], weights: Iterable[Tensor], *args: 
     as they are for stock autograd.
     """
     read = [*weights, *(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))]
-    versions = [tensor._version for tensor in read]
+    versions = [tensor_version(tensor) for tensor in read]
     begun = []
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if begun and versions != [tensor._version for tensor in read]:
+        if begun and versions != [tensor_version(tensor) for tensor in read]:
             raise BwskError(
                 "make_reversible: weights or inputs of a block were changed in place between forward and backward"
             )
@@ -159,7 +171,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
         )
     for name, module in found.items():
         for inner in module.modules():
-            if isinstance(inner, (nn.RNNBase, nn.modules.batchnorm._BatchNorm)):
+            if isinstance(inner, (nn.RNNBase, BatchNorm)):
                 raise BwskError(
                     f"{kind}: {name} holds {type(inner).__name__}, whose state a second forward would change; "
                     "not supported"
@@ -169,7 +181,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
                     f"{kind}: a forward hook on {type(inner).__name__} inside {name} would see the recomputation too; "
                     "remove it before make_reversible"
                 )
-            if "expert" in type(inner).__name__.lower():
+            if routes_to_experts(inner):
                 raise BwskError(
                     f"{kind}: {name} routes tokens to experts; a recomputed routing can be "
                     "rounded differently; not supported"
@@ -179,12 +191,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def attentions(block: nn.Module) -> list[nn.Module]:
     """The modules of a block that look up an attention implementation in their config."""
-    found = []
-    for module in block.modules():
-        space = vars(sys.modules.get(type(module).__module__, object)) if hasattr(module, "config") else {}
-        if "eager_attention_forward" in space and "Attention" in type(module).__name__:
-            found.append(module)
-    return found
+    return [module for module in block.modules() if looks_up_attention(module)]
 
 
 def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
@@ -202,19 +209,19 @@ def install_levels(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
             touched.append(block)
             continue
         for attention in attentions(block):
-            kind = attention.config._attn_implementation
+            kind = attention_kind(attention.config)
             if kind not in _KINDS or getattr(attention.config, "reorder_and_upcast_attn", False):
                 continue
             ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
             attention._bwsk = attention.config
             own = copy.copy(attention.config)
-            own._attn_implementation_internal = _NAME
+            set_attention_kind(own, _NAME)
             attention.config = own
             touched.append(attention)
     # A class that names no loss of its own, such as GPT2LMHeadModel, has this one too.
     loss = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
-    if loss is ForCausalLMLoss and model.get_output_embeddings() is not None and "_loss_function" not in vars(model):
-        model._loss_function = _causal_loss
+    if loss is ForCausalLMLoss and model.get_output_embeddings() is not None and own_loss(model) is None:
+        set_loss(model, _causal_loss)
         model._bwsk = None
         touched.append(model)
     return touched
@@ -226,8 +233,8 @@ def uninstall(modules: list[nn.Module]) -> None:
         before = unpatch(module)
         if before is not None:
             module.config = before
-        if module.__dict__.get("_loss_function") is _causal_loss:
-            del module._loss_function
+        if own_loss(module) is _causal_loss:
+            set_loss(module, None)
 
 
 @dataclass
@@ -317,12 +324,9 @@ def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, le
     )
 
 
-def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
-    """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
-    if isinstance(model, nn.Module):
-        blocks(model)  # refused here with its hooks, which a model built from the config would not have
-    config = _named(model) if isinstance(model, nn.Module) else model
-    attention = getattr(config, "_attn_implementation", None) or "eager"
+def plan_general(config: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
+    """The plan for a config without an engine of its own: `shape` is (batch, input tokens, target tokens)."""
+    attention = attention_kind(config, None) or "eager"
     attention = attention if attention in _KINDS else "eager"
     batch, ins, outs = shape
     seq2seq = bool(getattr(config, "is_encoder_decoder", False))
@@ -349,5 +353,5 @@ def _named(model: nn.Module) -> Any:
     """The model's config, naming the model's own class."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config._attn_implementation_internal = model.config._attn_implementation
+    set_attention_kind(config, attention_kind(model.config))
     return config

@@ -18,8 +18,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from bwsk._compat import FakeTensor, log_softmax_backward, nll_loss_backward, nll_loss_forward, storage_holders
 from bwsk.errors import BwskError
 from bwsk.reversible.dropout import acts_as_cuda
 from bwsk.reversible.guard import refuse_double_backward, refuse_second_backward
@@ -28,12 +28,6 @@ from bwsk.reversible.guard import refuse_double_backward, refuse_second_backward
 MOST_BLOCKS = 64
 # Rows of one chunk of the head without logits: 128 rows of a T5 vocabulary are 16 MiB, of which two are alive.
 CHUNK_ROWS = 128
-
-
-def _holders(x: Tensor) -> int:
-    """How many tensors share the storage of x; -1 where this PyTorch does not say."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    return -1 if count is None else count(x.untyped_storage()._cdata)
 
 
 class _HolderCalibration(torch.autograd.Function):
@@ -47,13 +41,13 @@ class _HolderCalibration(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         (x,) = ctx.saved_tensors
-        _HolderCalibration.seen = _holders(x)
+        _HolderCalibration.seen = storage_holders(x)
         return g.expand(x.shape)
 
 
 @cache
 def _sole_holders() -> int:
-    """What `_holders` says, inside a backward, of a saved tensor that nobody else holds: measured, not assumed."""
+    """What `storage_holders` says, inside a backward, of a saved tensor that nobody else holds: measured."""
     with torch.enable_grad(), torch.device("cpu"):
         _HolderCalibration.apply(torch.ones(2, 2, requires_grad=True) * 2.0).backward()
     return _HolderCalibration.seen
@@ -83,7 +77,7 @@ class CrossEntropyNode(torch.autograd.Function):
         if wide:
             picked = picked.to(torch.float32)
         column = torch.where(labels == ignore_index, ignore_index, 0)
-        loss, weight = torch.ops.aten.nll_loss_forward(picked, column, None, 1, ignore_index)
+        loss, weight = nll_loss_forward(picked, column, None, 1, ignore_index)
         ctx.save_for_backward(saved, labels, weight)
         ctx.ignore_index, ctx.dtype, ctx.wide = ignore_index, scores_dtype, wide
         ctx.overwritten = False
@@ -94,16 +88,16 @@ class CrossEntropyNode(torch.autograd.Function):
         refuse_double_backward()
         refuse_second_backward(ctx, "hold outputs.logits until the last one, which are then left alone")
         saved, labels, weight = ctx.saved_tensors
-        ctx.overwritten = isinstance(saved, FakeTensor) or 0 <= _holders(saved) <= _sole_holders()
+        ctx.overwritten = isinstance(saved, FakeTensor) or 0 <= storage_holders(saved) <= _sole_holders()
         result = saved if ctx.overwritten else torch.empty_like(saved)
         logits, out = saved.view(-1, saved.shape[-1]), result.view(-1, saved.shape[-1])
         n = logits.shape[0]
         for rows in _blocks(n, ctx.rows):
             scores = torch.log_softmax(logits[rows].to(ctx.dtype), -1)
             wide = scores.to(torch.float32) if ctx.wide else scores
-            g_scores = torch.ops.aten.nll_loss_backward(g, wide, labels[rows], None, 1, ctx.ignore_index, weight)
+            g_scores = nll_loss_backward(g, wide, labels[rows], None, 1, ctx.ignore_index, weight)
             del wide
-            g_logits = torch._log_softmax_backward_data(g_scores.to(ctx.dtype), scores, -1, ctx.dtype)
+            g_logits = log_softmax_backward(g_scores.to(ctx.dtype), scores, -1, ctx.dtype)
             del g_scores, scores
             out[rows] = g_logits
             del g_logits

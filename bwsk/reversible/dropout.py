@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bwsk._compat import native_dropout, native_dropout_backward
 from bwsk.memory.cuda_rules import accounts_for_cuda
 
 # Byte k of a word holds mask element k as 0 or 1. Times the sum of 2**(9j), j = 0..7, element k lands on bit 63-k: the
@@ -66,7 +67,7 @@ def dropout_forward(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
         mask = torch.zeros_like(x, dtype=torch.bool)
         return x * mask, pack_bits(mask)
     if acts_as_cuda(x):
-        y, mask = torch.native_dropout(x, p, True)
+        y, mask = native_dropout(x, p, True)
         return y, pack_bits(mask)
     noise = torch.empty_like(x).bernoulli_(1.0 - p).div_(1.0 - p)
     return x * noise, pack_bits(noise != 0)
@@ -80,7 +81,7 @@ def dropout_replay(x: Tensor, bits: Tensor | None, p: float) -> Tensor:
     if p >= 1.0:
         return x * mask
     if acts_as_cuda(x):
-        return torch.ops.aten.native_dropout_backward(x, mask, _forward_scale(x, p))
+        return native_dropout_backward(x, mask, _forward_scale(x, p))
     return x * mask.to(x.dtype).div_(1.0 - p)
 
 
@@ -97,7 +98,7 @@ def dropout_backward(g: Tensor, bits: Tensor | None, p: float, own: bool = False
     scale = 1.0 / (1.0 - p)
     if own:  # (g·m)·s in two steps: the first one is exact, so both round once
         return g.mul_(mask).mul_(scale)
-    return torch.ops.aten.native_dropout_backward(g, mask, scale)
+    return native_dropout_backward(g, mask, scale)
 
 
 def rescale_(g: Tensor, p: float) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from bwsk._compat import inside_compiled
 from bwsk.architecture import load_config
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import require_shape
@@ -90,7 +91,7 @@ def _check_model(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        inner = inside_compiled(model) or getattr(model, "module", None)
         hint = "call it on the model inside, before wrapping it" if inner is not None else "pass a transformers model"
         raise BwskError(f"make_reversible: found {type(model).__name__}, not a transformers model; {hint}")
     if any(hasattr(module, "_bwsk") for module in model.modules()):

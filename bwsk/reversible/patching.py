@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
+from bwsk._compat import collects_outputs
 from bwsk.errors import BwskError
 
 
@@ -63,25 +63,8 @@ def unpatch(module: nn.Module) -> Any:
     return module.__dict__.pop("_bwsk", None)
 
 
-def globally_hooked() -> bool:
-    """Whether hooks for all modules are registered, which expect to see every single one."""
-    hooks = torch.nn.modules.module
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
-
-
 def hooked(module: nn.Module) -> bool:
-    """Whether the module has hooks, beside those by which transformers collects hidden states and attentions.
-
-    Those stay on a model for good once outputs were asked for, and do nothing where none are.
-    """
+    """Whether the module has hooks, beside those by which transformers collects hidden states and attentions."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
-    hooks = module._forward_hooks
-    return bool(hooks) and any(
-        getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks.values()
-    )
+    return any(not collects_outputs(hook) for hook in module._forward_hooks.values())

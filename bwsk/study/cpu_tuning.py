@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bwsk._compat import mm_out, onednn_linear
 from bwsk.memory.available import free_host_memory, resident_memory
 
 # Products with fewer multiply-adds stay with MKL: below, the way through Python takes longer than what is gained.
@@ -56,16 +57,15 @@ def multiply_by_onednn() -> bool:
     """Compute large float32 products on the CPU by oneDNN from now on; False where this PyTorch has none."""
     if _OVERRIDE:
         return True
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if (onednn := onednn_linear()) is None:
         return False
-    onednn, mkl = torch.ops.mkldnn._linear_pointwise.default, torch.ops.aten.mm.out
 
     def mm(a: Tensor, b: Tensor) -> Tensor:
         rows, columns = a.shape[0], b.shape[1]
         large = rows * a.shape[1] * columns >= WORTH_IT
         if large and a.dtype is torch.float32 and b.dtype is torch.float32:
             return onednn(a, b.t(), None, "none", [], "")  # a · (bᵀ)ᵀ
-        return mkl(a, b, out=a.new_empty((rows, columns)))
+        return mm_out(a, b, out=a.new_empty((rows, columns)))
 
     override = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():  # that a kernel is replaced

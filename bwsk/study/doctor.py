@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from bwsk import _compat
 from bwsk.errors import BwskError
 from bwsk.locks import require_posix
 from bwsk.memory.available import free_host_memory
 from bwsk.study import hub
-from bwsk.study import tested_versions as tested
 from bwsk.study.params import DirectoryCorpus, Params, load_params
 
 Status = Literal["ok", "warn", "fail"]
@@ -84,8 +84,8 @@ def _software() -> Iterator[Finding]:
             yield Finding(name, status, f"{', '.join(missing)} missing; have {have or 'none'}", advice)
         else:
             yield Finding(name, "ok", have)
-    for name, found, advice in tested.outside():
-        yield Finding(name, "warn", found, advice)
+    for name in _compat.missing():
+        yield Finding("library", "warn" if name.optional else "fail", name.found, name.advice)
 
 
 def _version(name: str) -> str | None:

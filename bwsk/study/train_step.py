@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bwsk._compat import T5_STACKS, relative_position_bucket
 from bwsk.errors import BwskError
 from bwsk.study.device import autocast, is_out_of_memory
 
@@ -195,7 +196,7 @@ def masks_of_an_eager_step() -> Iterator[None]:
     time and memory in each replay, and those releases make them of a number on the host, which cannot be recorded.
     With padding, a recorded step makes the mask that an eager one leaves out when it reads that nothing is padded.
     """
-    from transformers import masking_utils
+    from bwsk._compat import masking_utils
 
     is_tracing = masking_utils.is_tracing
     masking_utils.is_tracing = lambda tensor=None: tensor is not None and is_tracing(tensor)
@@ -213,7 +214,7 @@ def keep_position_buckets(model: nn.Module) -> None:
     values, same bits. Outside training the stock method runs: a generation's positions start elsewhere.
     """
     for module in model.modules():
-        if type(module).__name__ in ("T5Attention", "MT5Attention") and module.has_relative_attention_bias:
+        if getattr(module, "has_relative_attention_bias", False) and relative_position_bucket(module, None):
             module.compute_bias = _BiasOfKeptBuckets(module)
 
 
@@ -232,7 +233,7 @@ class _BiasOfKeptBuckets:
         key = (query_length, key_length, table.weight.device)
         if (buckets := self.kept.get(key)) is None:
             positions = torch.arange(max(query_length, key_length), device=table.weight.device)
-            buckets = self.kept[key] = attention._relative_position_bucket(
+            buckets = self.kept[key] = relative_position_bucket(attention)(
                 positions[None, :key_length] - positions[:query_length, None],
                 bidirectional=not attention.is_decoder,
                 num_buckets=attention.relative_attention_num_buckets,
@@ -248,7 +249,7 @@ def keep_causal_mask(model: nn.Module) -> None:
     and cannot be recorded in a graph.
     """
     for module in model.modules():
-        if type(module).__name__ in ("T5Stack", "MT5Stack", "UMT5Stack") and module.is_decoder:
+        if type(module).__name__ in T5_STACKS and module.is_decoder:
             module.register_forward_pre_hook(_KeptMask(), with_kwargs=True)
 
 
@@ -266,7 +267,7 @@ class _KeptMask:
         weight = stack.embed_tokens.weight
         key = (tokens.shape, weight.dtype, weight.device)
         if key not in self.kept:
-            from transformers.masking_utils import create_causal_mask
+            from bwsk._compat import create_causal_mask
 
             like = torch.empty((*tokens.shape, 0), dtype=weight.dtype, device=weight.device)
             options = {"inputs_embeds": like, "attention_mask": None, "past_key_values": None}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bwsk._compat import softmax_backward_out
 from bwsk.reversible.dropout import (
     acts_as_cuda,
     dropout_backward,
@@ -268,7 +269,7 @@ def _core_backward(call, w, tape, shape, bias, mask, g, wants_bias, wants_o):
     del g3, v3
     # Both in place: an elementwise product, and a row operation that reads its row before it writes it.
     g_p = dropout_backward(g_p, mask_bits, call.p_core, own=True)
-    g_scores = torch.ops.aten._softmax_backward_data.out(g_p, p, -1, p.dtype, grad_input=g_p)
+    g_scores = softmax_backward_out(g_p, p, -1, p.dtype, grad_input=g_p)
     del g_p, p
     g_bias = cast(g_scores.sum_to_size(bias.shape), bias.dtype) if wants_bias else None
     g_scores = cast(g_scores, raw)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from bwsk._compat import T5_STACKS
 from bwsk.architecture import model_class
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import stock_peak
@@ -42,7 +43,7 @@ def covers(model: Any) -> bool:
 
 
 def _stacks(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if type(m).__name__ in ("T5Stack", "MT5Stack") and _is_stock(m)]
+    return [m for m in model.modules() if type(m).__name__ in T5_STACKS and _is_stock(m)]
 
 
 def _is_stock(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bwsk._compat import threshold_backward_out
 from bwsk.reversible.dropout import dropout_backward, dropout_forward, dropout_replay, rescale_
 from bwsk.reversible.plan import Level
 from bwsk.reversible.t5.linear import as_forward, cast, linear, linear_grad_input, linear_grad_weight
@@ -118,7 +119,7 @@ def _hidden_gradient(call: FeedForwardCall, tape: FeedForwardTape, g: Tensor):
     if call.rectified:
         # Dropped elements and negative ones are both zero in h: one comparison stands for both masks.
         g = rescale_(g, call.p_hidden)
-        return torch.ops.aten.threshold_backward.grad_input(g, tape.h, 0, grad_input=g), None
+        return threshold_backward_out(g, tape.h, 0, grad_input=g), None
     g = dropout_backward(g, tape.hidden_bits, call.p_hidden, own=True)
     with torch.enable_grad():
         a = tape.a.detach().requires_grad_()

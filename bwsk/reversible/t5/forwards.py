@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import DynamicCache
 
+from bwsk._compat import ALL_ATTENTION_FUNCTIONS, attention_kind, shift_right
 from bwsk.reversible.cross_entropy import chunked_cross_entropy, cross_entropy
 from bwsk.reversible.dropout import dropout
 from bwsk.reversible.guard import refuse_double_backward
@@ -77,7 +77,7 @@ def _attention_call(layer: nn.Module, x: Tensor, level: str) -> AttentionCall:
 
 def _core(attention: nn.Module):
     """None for eager attention, which is followed operator by operator; otherwise the implementation, to be rerun."""
-    name = attention.config._attn_implementation
+    name = attention_kind(attention.config)
     if name == "eager":
         return None
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, None)
@@ -92,7 +92,7 @@ def _core(attention: nn.Module):
 def _zero_bias(layer: nn.Module, x: Tensor, states: Tensor) -> Tensor | None:
     """The zeros that stock cross-attention adds: they change no bit, but other kernels choose by their presence."""
     attention = layer._bwsk.facts["attention"]
-    if attention.config._attn_implementation == "eager":
+    if attention_kind(attention.config) == "eager":
         return None
     dtype = autocast_dtype(x) or attention.q.weight.dtype
     return torch.zeros((1, attention.n_heads, x.shape[1], states.shape[1]), device=x.device, dtype=dtype)
@@ -331,7 +331,7 @@ def _with_loss(model: nn.Module, stock: Any, labels: Tensor | None, kwargs: dict
         return stock(**kwargs, return_dict=True)
     policy: Policy = model._bwsk
     if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
-        kwargs["decoder_input_ids"] = model._shift_right(labels)
+        kwargs["decoder_input_ids"] = shift_right(model)(labels)
     if kwargs.get("past_key_values") is None:
         # Training has no use for a cache, but the stock step lays out its keys by it. That layout is kept.
         asked = kwargs.get("use_cache")

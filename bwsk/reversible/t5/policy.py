@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bwsk.reversible.patching import PatchedForward, globally_hooked, hooked
+from bwsk._compat import globally_hooked
+from bwsk.reversible.patching import PatchedForward, hooked
 from bwsk.reversible.t5.float16 import OutOfFloat16
 from bwsk.reversible.t5.tied_embedding import TiedTable
 

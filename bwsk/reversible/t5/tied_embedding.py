@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bwsk._compat import embedding_backward
 from bwsk.reversible.guard import refuse_double_backward
 from bwsk.reversible.t5.linear import autocast_dtype, cast, linear, linear_grad_input, linear_grad_weight
 
@@ -33,7 +34,7 @@ def touched_rows(g: Tensor, tokens: Tensor, padding_idx: int) -> tuple[Tensor, T
     rank = starts.cumsum(0).sub_(1)
     renamed = torch.empty_like(tokens).scatter_(0, order, rank)
     names = torch.zeros_like(tokens).scatter_(0, rank, ordered)
-    rows = torch.ops.aten.embedding_dense_backward(g, renamed, tokens.numel(), -1, False)
+    rows = embedding_backward(g, renamed, tokens.numel(), -1, False)
     if padding_idx >= 0:
         rows = rows.masked_fill_((names == padding_idx).unsqueeze(1), 0)
     return rows, names
@@ -56,12 +57,12 @@ class LookupNode(torch.autograd.Function):
         if g is None or not ctx.needs_input_grad[0]:
             return g_table, None, None
         if g_table is None:
-            return torch.ops.aten.embedding_dense_backward(g, tokens, ctx.size, ctx.padding_idx, False), None, None
+            return embedding_backward(g, tokens, ctx.size, ctx.padding_idx, False), None, None
         if tokens.numel() < ctx.size:
             rows, names = touched_rows(g.reshape(tokens.numel(), -1), tokens.reshape(-1), ctx.padding_idx)
             g_table.index_add_(0, names, rows)
         else:
-            g_table.add_(torch.ops.aten.embedding_dense_backward(g, tokens, ctx.size, ctx.padding_idx, False))
+            g_table.add_(embedding_backward(g, tokens, ctx.size, ctx.padding_idx, False))
         return g_table, None, None
 
 
