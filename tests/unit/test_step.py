@@ -170,7 +170,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> None:
         "stream": lambda stream: nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr("bwsk.step.check_backend", lambda backend, device: None)
+    monkeypatch.setattr("bwsk.study.train_step.check_backend", lambda backend, device: None)
 
 
 def family(kind: str, attention: str = "eager", dropout: float = 0.1) -> torch.nn.Module:
