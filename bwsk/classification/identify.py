@@ -5,7 +5,8 @@ Three ways, in this order, so that a verdict never hangs on what a class is call
 1. **type**: torch's own layers, as long as `forward` is not overridden;
 2. **behaviour**: the module runs on a few numbers, with small random stand-ins for its parameters, and the outcome is
    compared with what defines a kind: element-wise or not, monotone or not, a row over its scale (RMS norm), less its
-   mean too (layer norm), exponentials of a row over their sum (softmax), rows of cosines and sines (rotary positions);
+   mean too (layer norm), exponentials of a row over their sum (softmax), a code of its own for each place (rotary,
+   sinusoidal and learned positions) or a row for each index (embedding), one activation out of two (merge);
 3. **operations**: what it dispatches. One linear map, convolution or table look-up with nothing but arithmetic on known
    numbers around it is of that kind; otherwise its operators and the way of the data through them are its facts
    ("composite", or "routing" if one of them chooses), and which of those erase is for rules to say.
@@ -35,7 +36,8 @@ from bwsk._compat import (
     MaxPoolNd,
 )
 from bwsk.classification.operators import OpInfo
-from bwsk.classification.probe import by_probe, probe_key
+from bwsk.classification.probe import by_probe
+from bwsk.classification.stand_in import probe_key
 
 
 def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,13 +1,12 @@
-"""Tell what a leaf module computes by running it on a few numbers (ways 2 and 3 of `identify`).
+"""Tell what a leaf module computes by running it on a few numbers (ways 2 and 3 of `kinds`).
 
 Probing works on meta-device modules and leaves the module and the global random state untouched.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,60 +16,26 @@ from torch.nn import functional as F
 from bwsk._compat import tree_leaves
 from bwsk.classification.dataflow import Flow, dispatched
 from bwsk.classification.operators import OpInfo
+from bwsk.classification.places import lookup, position
+from bwsk.classification.stand_in import Probe, is_real, narrow
 from bwsk.classification.witness import fixed_draws
 
-_MACHINERY = frozenset(vars(nn.Module())) - {"training"}
+_ELEMENTS = 1 << 23  # stand-in parameters of more elements than this are not made
 _DERIVATIVES = 1024  # of inputs of more elements none are taken
-_PROBE_ELEMENTS = 1 << 23  # stand-in parameters of more elements than this are not made
-
-
-def probe_key(module: nn.Module) -> Any:
-    """What a module's outcome can depend on: class, shapes, settings, and which functions and configs it holds."""
-    state = tuple((n, tuple(t.shape)) for n, t in [*module.named_parameters(), *module.named_buffers()])
-    plain = (bool, int, float, str, tuple, type(None))
-    own = sorted(
-        (k, repr(v) if isinstance(v, plain) else id(v)) for k, v in vars(module).items() if k not in _MACHINERY
-    )
-    return type(module), state, tuple(own)
-
-
-class _Probe:
-    """A module with random stand-ins for its parameters, called on inputs of one precision."""
-
-    def __init__(self, module: nn.Module, *, meta: bool = False, dtype: torch.dtype = torch.float64) -> None:
-        """On the meta device it has shapes only."""
-        self.module = module
-        self.device = "meta" if meta else "cpu"
-        self.dtype = dtype
-        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self.elements = sum(t.numel() for t in state.values())
-        self.state = {n: self._stand_in(t) for n, t in state.items()}
-        # What its input may measure: features of a matrix, channels of a kernel.
-        shapes = [t.shape for t in self.state.values() if t.dim()]
-        self.widths = list(dict.fromkeys(d for s in shapes for d in (s[-1], s[0], s[min(1, len(s) - 1)])))
-
-    def _stand_in(self, t: Tensor) -> Tensor:
-        # Positive, so that a slope or a scale among them does not flip a sign; float tensors only, the rest is zero.
-        if t.is_floating_point():
-            return torch.rand(t.shape, dtype=self.dtype, device=self.device) + 0.5
-        return torch.zeros(t.shape, dtype=t.dtype, device=self.device)
-
-    def __call__(self, *inputs: Any) -> Any:
-        # A twin each time: what one call keeps for the next would pass for what the module computes.
-        return torch.func.functional_call(_detached(self.module), self.state, inputs)
 
 
 def by_probe(module: nn.Module) -> OpInfo:
     """Kind and facts of a module by its behaviour, or else by the operators that it dispatches."""
     # The grid of numbers is fixed; what is drawn comes from a private copy of the generator.
     with torch.no_grad(), fixed_draws():
-        shapes = _Probe(module, meta=True)
-        runs = shapes.elements <= _PROBE_ELEMENTS
-        small = _Probe(module) if runs else None
-        single = _Probe(module, dtype=torch.float32) if runs else None  # some cast their input to what their weight was
-        table = _Probe(_narrow(module)) if isinstance(module, nn.Embedding) else small
-        tests = [(_elementwise, small), (_position, table), (_row_function, small), (_row_function, single)]
-        tests += [(_table, shapes), (_lookup, table), (_operations, shapes), (_operations, small)]
+        shapes = Probe(module, meta=True)
+        runs = narrow(module) if isinstance(module, nn.Embedding) else module
+        fits = sum(t.numel() for t in [*runs.parameters(), *runs.buffers()]) <= _ELEMENTS
+        small = Probe(runs) if fits else None
+        single = Probe(runs, dtype=torch.float32) if fits else None  # some cast their input to what their weight was
+        tests = [(_elementwise, small), (position, small), (lookup, small), (_merge, small), (_merge, single)]
+        tests += [(_row_function, small), (_row_function, single)]
+        tests += [(_table, shapes), (_operations, shapes), (_operations, small)]
         for test, probe in tests:
             found = _attempt(test, probe) if probe else None
             if found:
@@ -78,28 +43,7 @@ def by_probe(module: nn.Module) -> OpInfo:
         return OpInfo("unknown", {"class": type(module).__name__}, "none")
 
 
-def _detached(module: nn.Module) -> nn.Module:
-    """A copy without hooks, with the same parameters: a forward may count its calls, or keep a mask of the probe's."""
-    twin = copy.copy(module)
-    for name, value in vars(module).items():
-        if isinstance(value, (dict, list, set)):
-            vars(twin)[name] = type(value)() if name.endswith("_hooks") else copy.copy(value)
-    return twin
-
-
-def _narrow(module: nn.Embedding) -> nn.Embedding:
-    """The same table with rows of at most eight numbers: which row is looked up does not hang on its length."""
-    twin = _detached(module)
-    width = min(8, module.embedding_dim)
-    twin._parameters = {
-        n: None if p is None else nn.Parameter(p[..., :width] if p.shape[-1:] == (module.embedding_dim,) else p)
-        for n, p in module._parameters.items()
-    }
-    twin.embedding_dim = width
-    return twin
-
-
-def _attempt(test: Callable[[_Probe], OpInfo | None], probe: _Probe) -> OpInfo | None:
+def _attempt(test: Callable[[Probe], OpInfo | None], probe: Probe) -> OpInfo | None:
     try:
         return test(probe)
     except Exception:  # the probe's inputs were not what this module takes: then it is not of this kind
@@ -120,7 +64,7 @@ _REFERENCES: tuple[tuple[str, Callable[[Tensor], Tensor], float], ...] = (
 )
 
 
-def _elementwise(probe: _Probe) -> OpInfo | None:
+def _elementwise(probe: Probe) -> OpInfo | None:
     grid = _GRID
     state = torch.get_rng_state()
     y = probe(grid.reshape(1, -1).clone())
@@ -153,13 +97,13 @@ def _elementwise(probe: _Probe) -> OpInfo | None:
     return OpInfo("injective_elementwise" if injective else "erasing_elementwise", {}, "behaviour")
 
 
-def _clamps(probe: _Probe) -> bool:
+def _clamps(probe: Probe) -> bool:
     """Whether a plateau far out is meant (a clamp runs) and is not what rounding makes of a tanh or an exponential."""
     steps = dispatched(probe, _GRID.reshape(1, -1).clone()).steps
     return any(step.subject.kind == "erasing_elementwise" for step in steps)
 
 
-def _random_zeroing(probe: _Probe) -> OpInfo | None:
+def _random_zeroing(probe: Probe) -> OpInfo | None:
     """Dropout of elements or of whole rows (stochastic depth): every output is zero or x / (1 - p)."""
     x = _GRID[_GRID != 0]
     y = torch.cat([probe(x.reshape(1, -1).clone()).reshape(-1).double() for _ in range(8)])
@@ -169,70 +113,26 @@ def _random_zeroing(probe: _Probe) -> OpInfo | None:
     return None
 
 
-_PLACES = 5
-
-
-def _position(probe: _Probe) -> OpInfo | None:
-    """A code of its own for each place, with no activation in it: rotary, sinusoidal and learned positions."""
-    for given in _places(probe):
-        try:
-            codes, again = _codes(probe(*given)), _codes(probe(*given))
-            reads = _is_real(given[0]) and dispatched(lambda _, given=given: probe(*given), given[0]).reads
-        except Exception:
-            continue
-        if codes is None or again is None or not torch.equal(codes, again) or reads:  # drawn, or made of data
-            continue
-        views = (codes.flatten(0, -2), *((codes.flatten(1).T,) if codes.dim() > 2 else ()))
-        for rows in views:  # the code lies in the last dimension or, of an image, in the first
-            if len(rows) >= _PLACES and len(rows.unique(dim=0)) == len(rows):
-                return OpInfo("position", {}, "behaviour")
+def _merge(probe: Probe) -> OpInfo | None:
+    """One activation out of two, as a norm with a gate: all that it needs not be given, it might be."""
+    for width in probe.widths or [8]:
+        for shape in ((2, 5, width), (2, width, 5)):
+            x, gate, other = torch.randn(3, *shape, dtype=probe.dtype)
+            try:
+                y = probe(x, gate)
+                if not is_real(y) or y.shape != x.shape:
+                    continue
+                if not torch.equal(y, probe(other, gate)) and not torch.equal(y, probe(x, other)):
+                    return OpInfo("merge", {}, "behaviour")
+            except Exception:
+                continue
     return None
 
 
-def _places(probe: _Probe) -> Iterator[tuple[Any, ...]]:
-    """What position modules are fed: activations, a mask, a shape or a length, none of which tells the places apart.
-
-    Or the positions themselves beside an activation, with the type of the layer where the module knows several.
-    """
-    where, mask = torch.arange(_PLACES).reshape(1, _PLACES), torch.ones(1, _PLACES, dtype=torch.long)
-    grid = torch.cartesian_prod(torch.arange(2), torch.arange(_PLACES))
-    config = getattr(probe.module, "config", None)
-    layers = getattr(probe.module, "layer_types", None) or getattr(config, "layer_types", None) or ()
-    for width in probe.widths or [8]:
-        x = torch.randn(1, _PLACES, width, dtype=probe.dtype)
-        for positions in (where, where.expand(3, 1, _PLACES), grid, grid[None]):
-            yield x, positions
-            for layer in sorted(set(layers)):
-                yield x, positions, layer
-        yield (x,)
-        yield torch.Size((1, width, _PLACES, _PLACES)), x.device, x.dtype
-    yield (mask,)
-    yield (mask[None],)
-    yield (mask.shape,)
-    yield mask.shape, mask.device
-    yield (_PLACES,)
-
-
-def _codes(out: Any) -> Tensor | None:
-    """The floating point tensors of an output, side by side and without a batch of one; None if they hold no rows."""
-    tensors = [torch.view_as_real(t).flatten(-2) if t.is_complex() else t for t in tree_leaves(out) if _is_real(t)]
-    if not tensors or any(t.shape[:-1] != tensors[0].shape[:-1] for t in tensors):
-        return None
-    codes = torch.cat([t.double() for t in tensors], -1)
-    while codes.dim() > 2 and len(codes) == 1:
-        codes = codes[0]
-    return codes if codes.dim() >= 2 else None
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _row_function(probe: _Probe) -> OpInfo | None:
+def _row_function(probe: Probe) -> OpInfo | None:
     """Norms and softmax: functions of rows that are what defines them."""
     shapes = [(s, w) for w in probe.widths or [8] for s in ((3, w), (2, 5, w), (2, w, 3, 3), (2, w, 5))]
-    heads = [tuple(t.shape) for t in probe.state.values() if t.dim() == 2]  # a scale for each feature of each head
-    for shape, width in shapes + [((2, 5, *s), math.prod(s)) for s in heads]:
+    for shape, width in shapes + [(s, s[-2] * s[-1]) for s in _planes(probe)]:
         x = torch.randn(shape, dtype=probe.dtype)
         try:
             y = probe(30 * x)  # large against any epsilon
@@ -243,7 +143,12 @@ def _row_function(probe: _Probe) -> OpInfo | None:
     return None
 
 
-def _norm(probe: _Probe, x: Tensor, y: Tensor, width: int) -> OpInfo | None:
+def _planes(probe: Probe) -> list[tuple[int, ...]]:
+    """Inputs for a parameter of two dimensions: a scale for each feature of each head, a code for each place."""
+    return [(2, 5, *t.shape) for t in probe.state.values() if t.dim() == 2]
+
+
+def _norm(probe: Probe, x: Tensor, y: Tensor, width: int) -> OpInfo | None:
     """y = (x - m) / s * w + b, with a scale s (and mean m) per row or part of a row, and w and b per feature.
 
     b is what a row of zeros gives; then log|y - b| - log|x - m| is a sum of a part per row and a part per feature.
@@ -251,23 +156,30 @@ def _norm(probe: _Probe, x: Tensor, y: Tensor, width: int) -> OpInfo | None:
     scaled = probe(90 * x).double()
     if not torch.allclose(scaled, y, rtol=1e-4, atol=1e-4 * float(y.abs().max())) or torch.equal(y, 30 * x):
         return None
-    y, x = y - probe(torch.zeros_like(x)).double(), x.double()
-    axes = [axis for axis in (-1, 1) if x.shape[axis] == width] or [None]  # None: all but the first two dimensions
-    sizes = [n for n in range(width, 2, -1) if width % n == 0] or [2]
-    for axis, size in ((axis, size) for axis in axes for size in sizes if width > 1):
-        parts, out = (
-            (t if axis is None else t.movedim(axis, -1)).reshape(-1, width // size, size) for t in (x, y)
-        )  # rows, parts of a row, features of a part
-        for kind, rows in (("rms_norm", parts), ("layer_norm", parts - parts.mean(-1, keepdim=True))):
-            ratio = out / rows
-            if (ratio != 0).all() and torch.allclose(
-                ratio * ratio[:1, :, :1], ratio[:1] * ratio[:, :, :1], rtol=1e-3, atol=0
-            ):
-                return OpInfo(kind, {"size": size}, "behaviour")
+    bias = probe(torch.zeros_like(x)).double()
+    axes = [axis for axis in (-1, 1) if x.shape[axis] == width] or [
+        None
+    ]  # None: the last two, heads and their features
+    for axis in axes if width > 1 else ():
+        rows, out = ((t if axis is None else t.movedim(axis, -1)).reshape(-1, width).double() for t in (x, y - bias))
+        for size in [n for n in range(width, 2, -1) if width % n == 0 and (n == width or axis != 1)] or [2]:
+            parts, given = (t.reshape(len(t), -1, size) for t in (rows, out))
+            for kind, part in (("rms_norm", parts), ("layer_norm", parts - parts.mean(-1, keepdim=True))):
+                ratio = given / part
+                separable = torch.allclose(ratio * ratio[:1, :, :1], ratio[:1] * ratio[:, :, :1], rtol=1e-3, atol=0)
+                if (ratio != 0).all() and separable and (size == width or _apart(probe, x, y, parts)):
+                    return OpInfo(kind, {"size": size}, "behaviour")
     return None
 
 
-def _softmax(probe: _Probe, x: Tensor) -> OpInfo | None:
+def _apart(probe: Probe, x: Tensor, y: Tensor, parts: Tensor) -> bool:
+    """Whether the scale of each part of a row is its own: it undoes a factor of that part."""
+    factors = torch.rand_like(parts[..., :1]) + 0.5
+    scaled = probe((30 * parts * factors).reshape(x.shape).to(x.dtype)).double()
+    return torch.allclose(scaled, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+
+
+def _softmax(probe: Probe, x: Tensor) -> OpInfo | None:
     """Or its logarithm, at any temperature, along any axis."""
     y = probe(x.clone()).double()
     for axis in range(x.dim()):
@@ -287,7 +199,7 @@ _CORES = frozenset({
 })  # fmt: skip
 
 
-def _table(probe: _Probe) -> OpInfo | None:
+def _table(probe: Probe) -> OpInfo | None:
     """A table of positions or of words with a forward of its own: fed indices, a shape, or nothing at all."""
     inputs: list[tuple[Any, ...]] = [()]
     if isinstance(probe.module, nn.Embedding):
@@ -305,25 +217,9 @@ def _table(probe: _Probe) -> OpInfo | None:
     return None
 
 
-def _lookup(probe: _Probe) -> OpInfo | None:
-    """A row for each index, the same wherever it stands and no other index's; numbers that are no index are refused."""
-    count = getattr(probe.module, "num_embeddings", _PLACES)
-    index = torch.randperm(count).reshape(1, count)
-    rows = probe(index)
-    if not _is_real(rows) or rows.shape[:-1] != index.shape or len(rows[0].unique(dim=0)) < count:
-        return None
-    if not torch.equal(probe(index.flip(1)), rows.flip(1)) or not torch.equal(probe(index[:, :1]), rows[:, :1]):
-        return None
-    try:
-        probe(index.double())
-    except Exception:
-        return OpInfo("embedding", {"rows": count, "out": rows.shape[-1]}, "behaviour")
-    return None
-
-
-def _operations(probe: _Probe) -> OpInfo | None:
+def _operations(probe: Probe) -> OpInfo | None:
     for width in probe.widths or [8]:
-        for shape in ((3, width), (2, 5, width), (2, width, 12, 12), (2, width, 12)):
+        for shape in ((3, width), (2, 5, width), (2, width, 12, 12), (2, width, 12), *_planes(probe)):
             x = torch.randn(shape, dtype=torch.float64, device=probe.device)
             try:
                 flow = dispatched(probe, x)
@@ -336,7 +232,7 @@ def _operations(probe: _Probe) -> OpInfo | None:
     return None
 
 
-def _with_rank(subject: OpInfo, probe: _Probe | None) -> OpInfo:
+def _with_rank(subject: OpInfo, probe: Probe | None) -> OpInfo:
     """Also whether the outputs depend on fewer numbers than go in: the rank of the derivative at a random input."""
     shape = (1, *subject.facts.get("shape", ())[1:])
     if len(shape) == 4:  # images: small ones will do
@@ -347,7 +243,7 @@ def _with_rank(subject: OpInfo, probe: _Probe | None) -> OpInfo:
     return OpInfo(subject.kind, {"flow": subject.facts["flow"], "deficient": deficient}, subject.how)
 
 
-def _deficient(probe: _Probe, x: Tensor) -> bool:
+def _deficient(probe: Probe, x: Tensor) -> bool:
     """Differences, not derivatives: they see what autograd does not."""
 
     def outputs(x: Tensor) -> Tensor:
