@@ -1,7 +1,7 @@
 """The command line: the only part of bwsk that touches argv, and the seam that the workflow calls.
 
-`main` turns a `BwskError`, and what the operating system refuses, into one line on standard error and exit status 1;
-what is no command of bwsk's, into such a line and exit status 2.
+`main` turns a `BwskError` or an error of the operating system into one line on standard error and exit status 1. An
+invalid command line gives such a line and exit status 2.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
     """Run the `bwsk` command with `sys.argv`; exits the process."""
     try:
         _main()
-    except KeyboardInterrupt:  # before a command begins or after its end; in between it is typer's, with this status
+    except KeyboardInterrupt:  # before or after a command; within one, typer handles it with the same status
         sys.exit(128 + signal.SIGINT)
 
 
@@ -31,9 +31,9 @@ def _main() -> None:
     from bwsk.errors import BwskError
 
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # a locale that lacks a dash is no reason to fail
+        stream.reconfigure(errors="backslashreplace")  # do not fail in a locale that lacks a dash
 
-    os.umask(os.umask(0o022) | 0o002)  # nothing is made writable by everybody: `bwsk check` would refuse it
+    os.umask(os.umask(0o022) | 0o002)  # outputs must not be world-writable: `bwsk check` would refuse them
     for group in GROUPS:
         import_module(f"bwsk.cli.{group}")
     try:
@@ -46,36 +46,36 @@ def _main() -> None:
     except BwskError as error:
         print(f"bwsk: error: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
-    except (RuntimeError, MemoryError) as error:  # `train` has more to say about it
-        from bwsk.study.device import is_out_of_memory
+    except (RuntimeError, MemoryError) as error:  # `train` reports more about it
+        from bwsk.study.non_finite import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
-        print("bwsk: error: out of memory; free some, or set a smaller batch (evaluate.batch_size)", file=sys.stderr)
+        print("bwsk: error: out of memory; free memory, or use a smaller batch (evaluate.batch_size)", file=sys.stderr)
         sys.exit(1)
-    except OSError as error:  # a full disk or a missing right that no command has words of its own for
+    except OSError as error:  # a full disk or missing permissions that no command handles itself
         if isinstance(error, BrokenPipeError):
             sys.exit(1)
         where = f"{error.filename}: " if error.filename else ""
         found = _one_line(f"{where}{error.strerror or error}")
-        print(f"bwsk: error: {found}; free space or set rights, then again", file=sys.stderr)
+        print(f"bwsk: error: {found}; free space or fix permissions, then try again", file=sys.stderr)
         sys.exit(1)
 
 
 def _one_line(text: str) -> str:
-    """A message that may quote names with line feeds or escape sequences in them, as one line that is only read."""
+    """The message as one printable line, with line feeds and escape sequences in quoted names escaped."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _usage(error: Any) -> str:
-    """A command line that cannot be parsed, as one line: the option, what was found, and whose help to read."""
-    if hasattr(error.__cause__, "errors"):  # of pydantic, by which typer converts values; typer leaves out the value
+    """One line for an invalid command line: the option, what was found, and which help to read."""
+    if hasattr(error.__cause__, "errors"):  # pydantic's, with which typer converts values; typer omits the value
         first = error.__cause__.errors()[0]
         rule = first["msg"].partition(" should ")[2].partition(", unable")[0] or "be another"
         error.message = f"found {first['input']!r:.80}, must {rule}"
     found = " ".join(error.format_message().split()).removeprefix("Invalid value for ")
     found = found.rstrip(".?").replace("'. Did", "', did")
-    # Where an option has no value or one too many, typer does not tell the command: it is the first word.
+    # If an option has no value or one too many, typer does not say which command it was: the first word.
     words = ["bwsk", *(word for word in sys.argv[1:2] if not word.startswith("-"))]
     command = error.ctx.command_path if error.ctx else " ".join(words)
     return f"{found[0].lower()}{found[1:]}; see: {command} --help"

@@ -1,21 +1,21 @@
 """The `bwsk` command: the application object that every command registers itself on.
 
-Commands import what they need inside their bodies: `bwsk --help` must not pay for torch.
+Commands import what they need inside their bodies, so that `bwsk --help` does not import torch.
 """
 
 from __future__ import annotations
 
 import typer
 
-# Panels of `bwsk --help`, in the order of the modules that fill them (`bwsk.cli.GROUPS`).
+# Panels of `bwsk --help`, in the order of the modules whose commands they list (`bwsk.cli.GROUPS`).
 MODELS = "Models, without their weights"
-STEPS = "The steps of a study, in their order"
+STEPS = "The steps of a study, in order"
 VERSIONS = "Versions of a study"
-LOOK = "Look"
+LOOK = "Inspect"
 
 app = typer.Typer(
     name="bwsk",
-    help="Classify neural networks into S-type and K-type operations, and train with less memory by it.",
+    help="Classify the operations of neural networks as S-type or K-type, and use that to train with less memory.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

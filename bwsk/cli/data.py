@@ -18,7 +18,7 @@ _TOKENS = Path("build/tokens")
 
 @app.command(rich_help_panel=STEPS)
 def corpus(
-    out: Annotated[Path, typer.Option(help="Folder of the splits.")] = _CORPUS,
+    out: Annotated[Path, typer.Option(help="Output folder of the splits.")] = _CORPUS,
     params_file: ParamsFile = _PARAMS,
 ) -> None:
     """Fetch or read the corpus and store its three splits."""
@@ -32,9 +32,11 @@ def corpus(
 
 @app.command(rich_help_panel=STEPS)
 def tokenizer(
-    out: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = _TOKENIZER,
+    out: Annotated[Path, typer.Option(help="Output folder of the tokenizer.")] = _TOKENIZER,
     params_file: ParamsFile = _PARAMS,
-    corpus: Annotated[Path | None, typer.Option(help="Folder written by `bwsk corpus`; only to train one.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Folder written by `bwsk corpus`; needed to train a tokenizer.")
+    ] = None,
 ) -> None:
     """Fetch, copy or train the tokenizer."""
     from bwsk.study.params import load_params
@@ -46,7 +48,7 @@ def tokenizer(
 
 @app.command(rich_help_panel=STEPS)
 def tokens(
-    out: Annotated[Path, typer.Option(help="Folder of the tokens (study).")] = _TOKENS,
+    out: Annotated[Path, typer.Option(help="Output folder of the tokens (study).")] = _TOKENS,
     params_file: ParamsFile = _PARAMS,
     corpus: Annotated[Path, typer.Option(help="Folder written by `bwsk corpus` (study).")] = _CORPUS,
     tokenizer: Annotated[Path, typer.Option(help="Folder of a tokenizer.")] = _TOKENIZER,
@@ -54,12 +56,14 @@ def tokens(
     json_file: JsonFile = None,
     block: Annotated[int, typer.Option(help="Tokens of a training block (--text).", min=1)] = 512,
     window: Annotated[int, typer.Option(help="Tokens of an evaluation window (--text).", min=1)] = 512,
-    stride: Annotated[int, typer.Option(help="Distance of evaluation windows (--text).", min=1)] = 128,
-    separator: Annotated[str, typer.Option(help="Joins the lines (--text).", show_default="a blank line")] = "\n\n",
+    stride: Annotated[int, typer.Option(help="Distance between evaluation windows (--text).", min=1)] = 128,
+    separator: Annotated[
+        str, typer.Option(help="Text that joins the lines (--text).", show_default="a blank line")
+    ] = "\n\n",
 ) -> None:
     """Tokenise the splits into blocks and windows.
 
-    Or count those of any text file (--text), which needs no study, only a tokenizer.
+    With --text, count the tokens of any text file instead. That needs a tokenizer but no study.
     """
     from bwsk.files import write_json
 
@@ -82,7 +86,7 @@ def tokens(
 
 @app.command(rich_help_panel=STEPS)
 def base(
-    out: Annotated[Path, typer.Option(help="Folder of the base checkpoint.")] = Path("build/base"),
+    out: Annotated[Path, typer.Option(help="Output folder of the base checkpoint.")] = Path("build/base"),
     params_file: ParamsFile = _PARAMS,
     tokenizer: Annotated[Path, typer.Option(help="Folder written by `bwsk tokenizer`.")] = _TOKENIZER,
     tokens: Annotated[Path, typer.Option(help="Folder written by `bwsk tokens`.")] = _TOKENS,
@@ -97,7 +101,7 @@ def base(
 
 
 def _table(rows: list[tuple[str, dict]]) -> None:
-    """A small table of counts per split or file."""
+    """Print a table of counts per split or file."""
     from bwsk.cli.output import console, numbers, table
 
     shown = table("")

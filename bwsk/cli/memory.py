@@ -1,4 +1,4 @@
-"""Commands: plan and memory. Neither needs a GPU nor allocates a model."""
+"""Commands: plan and memory. Neither needs a GPU or allocates a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _PRECISION = typer.Option(
     "fp32",
     "--precision",
     "-p",
-    help="fp32, or float32 weights under autocast bf16 or fp16 (or the names of the dtypes).",
+    callback=lambda name: _LONG.get(name, name),
+    help="fp32, or bf16 or fp16 autocast with fp32 weights. The long names of params.yaml are accepted too.",
 )
 
 
@@ -23,12 +24,12 @@ def plan(
     input_length: InputLength = 256,
     target_length: TargetLength = None,
     precision: str = _PRECISION,
-    full: bool = typer.Option(False, "--full", help="List every block, not only the ones that differ."),
+    full: bool = typer.Option(False, "--full", help="List every block, also those that are alike."),
     json: JsonFile = None,
 ) -> None:
-    """What a reversible training step keeps and redoes, and its cost.
+    """Show what a reversible step saves and recomputes, and its cost.
 
-    Every operation with its residue, and the trade-off between memory and extra FLOPs.
+    Lists every operation with its residue, and the trade-off between memory and extra FLOPs.
     """
     from bwsk.architecture import load_config
     from bwsk.cli.tables import plan_tables
@@ -53,23 +54,34 @@ def memory(
     batch: Batch = 4,
     input_length: InputLength = 256,
     target_length: TargetLength = None,
-    mode: str = typer.Option("conventional", "--mode", "-m", help="conventional, checkpoint or reversible."),
+    mode: str = typer.Option(
+        "conventional", "--mode", "-m", help="Training mode: conventional, checkpoint or reversible."
+    ),
     precision: str = _PRECISION,
     budget: str | None = typer.Option(
-        None, "--budget", help="Of mode reversible: fast, balanced, max, 0.6, 900MiB.", show_default="fast"
+        None,
+        "--budget",
+        help="For mode reversible: fast, balanced, max, a fraction (0.6) or a size (900MiB).",
+        show_default="fast",
     ),
     optimizer: str | None = typer.Option(
-        None, "--optimizer", help="AdamW: foreach, fused or loop.", show_default="fused if reversible, else foreach"
+        None,
+        "--optimizer",
+        help="Implementation of AdamW: foreach, fused or loop.",
+        show_default="fused if reversible, else foreach",
     ),
-    attention: str = typer.Option("eager", "--attention", help="eager or sdpa."),
+    attention: str = typer.Option("eager", "--attention", help="Attention implementation: eager or sdpa."),
     fit: str | None = typer.Option(
-        None, "--fit", metavar="SIZE", help="Does it fit into this (8GB), and which batch would be the largest?"
+        None,
+        "--fit",
+        metavar="SIZE",
+        help="Does the step fit into this size (8GB), and what is the largest batch that does?",
     ),
     json: JsonFile = None,
 ) -> None:
     """Predict the peak memory of a training step, and whether it fits.
 
-    By phase and by kind of memory; needs no GPU.
+    By phase and by kind of memory. Needs no GPU.
     """
     from bwsk.architecture import load_config
     from bwsk.cli.tables import memory_table

@@ -10,10 +10,10 @@ import typer
 from bwsk.cli.app import MODELS, app
 from bwsk.cli.options import Batch, InputLength, JsonFile, Model, TargetLength
 
-RULES = typer.Option("published", "--rules", help="Rule set that decides: published or strict.")
+RULES = typer.Option("published", "--rules", help="Rule set: published or strict.")
 FIGURE = typer.Option(None, "--figure", metavar="FILE", help="Draw the S/K map by depth (.svg, .png or .pdf).")
-STRICT = typer.Option(False, "--strict", help="Exit with an error if anything is GRAY.")
-TRAIN = typer.Option(True, "--train/--eval", help="Mode of the model: dropout and batch norm depend on it.")
+STRICT = typer.Option(False, "--strict", help="Fail if anything is GRAY.")
+TRAIN = typer.Option(True, "--train/--eval", help="Mode of the model, which dropout and batch norm depend on.")
 
 
 @app.command(rich_help_panel=MODELS, epilog="Example: bwsk classify google-t5/t5-small --rules strict")
@@ -25,9 +25,9 @@ def classify(
     figure: Path | None = FIGURE,
     strict: bool = STRICT,
 ) -> None:
-    """Count a model's S-type and K-type modules, with a reason each.
+    """Count a model's S-type and K-type modules, with reasons.
 
-    Under the published and the strict rules.
+    Shows both the published and the strict rules, and where they differ.
     """
     from bwsk.architecture import load
     from bwsk.classification.census import classify as census_of
@@ -50,7 +50,7 @@ def classify(
 
 
 def _gray(unknown: list[str], strict: bool) -> None:
-    """GRAY is listed by name; under --strict it is an error."""
+    """Raise an error under --strict if anything is GRAY."""
     from bwsk.errors import BwskError
 
     if unknown and strict:
@@ -116,7 +116,9 @@ def _print_census(source: str, name: str, chosen: Any, other: Any) -> None:
     if chosen.outside:
         named = ", ".join(chosen.outside[:3]) + (" ..." if len(chosen.outside) > 3 else "")
         out.print(
-            f"Not seen: {len(chosen.outside)} parameters outside of leaf modules ({named}).", style="dim", markup=False
+            f"Not covered: {len(chosen.outside)} parameters outside of leaf modules ({named}).",
+            style="dim",
+            markup=False,
         )
 
 
@@ -127,18 +129,18 @@ def trace(
     input_length: InputLength = 256,
     target_length: TargetLength = None,
     autocast: str | None = typer.Option(None, "--autocast", metavar="bf16|fp16", help="Trace under autocast."),
-    devices: int = typer.Option(2, "--devices", help="Also cut the forward pass into this many stages."),
-    rules: str = typer.Option("strict", "--rules", help="Rule set that decides: strict or published."),
+    devices: int = typer.Option(2, "--devices", help="Cut the forward pass into this many stages."),
+    rules: str = typer.Option("strict", "--rules", help="Rule set: strict or published."),
     training: bool = TRAIN,
     json: JsonFile = None,
     figure: Path | None = typer.Option(
-        None, "--figure", metavar="FILE", help="Draw what crosses the barriers (.svg, .png or .pdf)."
+        None, "--figure", metavar="FILE", help="Draw the bytes that cross the barriers (.svg, .png or .pdf)."
     ),
     strict: bool = STRICT,
 ) -> None:
     """List the operations of a training step, its phases and barriers.
 
-    And a cut of its forward pass over devices.
+    Also cuts the forward pass over devices.
     """
     from bwsk.classification.barriers import analyse, partition
     from bwsk.classification.trace import trace as trace_of

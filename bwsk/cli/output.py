@@ -12,13 +12,13 @@ _LOG_WIDTH = 160  # columns in a log, where rich would assume 80
 
 
 def console() -> Console:
-    """Standard output, as wide as the terminal, a pipe's to a pager too; in a log wide enough for every table."""
+    """Standard output, as wide as the terminal (also through a pager), or wide enough for every table in a log."""
     found = Console(highlight=False)
     return found if found.is_terminal or sys.stderr.isatty() else Console(highlight=False, width=_LOG_WIDTH)
 
 
 def table(*headings: str, title: str | None = None, show_header: bool = True) -> Table:
-    """An empty table with a rule below its headings, two blanks between columns and nothing else drawn."""
+    """An empty table with a rule below its headings, two spaces between columns and no other lines."""
     return Table(
         *headings, title=title, title_justify="left", title_style="bold", header_style="bold", show_header=show_header,
         box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0),
@@ -26,12 +26,12 @@ def table(*headings: str, title: str | None = None, show_header: bool = True) ->
 
 
 def numbers(shown: Table, *headings: str) -> None:
-    """Columns of numbers: aligned at the right, never broken; at the bottom if any of their headings has two lines."""
+    """Add right-aligned columns that never wrap; aligned at the bottom if a heading has two lines."""
     for heading in headings:
         vertical = "bottom" if any("\n" in other for other in headings) else "top"
         shown.add_column(heading, justify="right", no_wrap=True, vertical=vertical)
 
 
 def say(out: Console, text: str) -> None:
-    """A line of prose as it is: broken between words on a terminal, not at all in a log."""
+    """Print a line of prose; it wraps between words on a terminal and not at all in a log."""
     out.print(text, markup=False, soft_wrap=not out.is_terminal)

@@ -16,11 +16,11 @@ _HERE = Path()
 @app.command(rich_help_panel=STEPS)
 def results(
     study: Study = _HERE,
-    table: Annotated[Path | None, typer.Option(help="Also write the variants' figures as CSV to this file.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Also write the table of results as CSV to this file.")] = None,
 ) -> None:
     """Collect results/results.json and judge the published claims.
 
-    Prints the result table as well.
+    Also prints the table of results.
     """
     from bwsk.cli.summary import print_results
     from bwsk.study.params import load_params
@@ -35,7 +35,7 @@ def results(
 @app.command(rich_help_panel=STEPS)
 def card(
     study: Study = _HERE,
-    template: Annotated[Path | None, typer.Option(help="Template of the card; the workflow's if absent.")] = None,
+    template: Annotated[Path | None, typer.Option(help="Template of the card; by default the workflow's.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the card as one HTML page to this file.")] = None,
 ) -> None:
     """Write the model card results/README.md and its figures."""
@@ -58,11 +58,11 @@ def card(
 @app.command(rich_help_panel=STEPS)
 def check(
     study: Study = _HERE,
-    template: Annotated[Path | None, typer.Option(help="Template of the card; the workflow's if absent.")] = None,
+    template: Annotated[Path | None, typer.Option(help="Template of the card; by default the workflow's.")] = None,
 ) -> None:
     """Verify a finished model repository.
 
-    Layout, loading and generating, JSON, card, hashes. Nothing is fetched.
+    Checks the layout, loading and generation, JSON, the card and hashes. Fetches nothing.
     """
     from bwsk.cli.output import console, table
     from bwsk.study import check as checks

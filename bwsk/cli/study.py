@@ -12,26 +12,28 @@ from bwsk.cli.app import STEPS, app
 from bwsk.cli.options import JsonFile, ParamsFile
 
 _PARAMS = Path("params.yaml")
-_VARIANT = "As scratch-bwsk-reversible: finetune or scratch, then conventional, bwsk-analyzed or bwsk-reversible."
+_VARIANT = "{finetune,scratch}-{conventional,bwsk-analyzed,bwsk-reversible}, for example scratch-bwsk-reversible."
 
 
 @app.command(rich_help_panel=STEPS, epilog="Example: bwsk train scratch-conventional --out build/try")
 def train(
     variant: Annotated[str, typer.Argument(help=_VARIANT)],
-    out: Annotated[Path, typer.Option(help="Folder of the trained variant.")],
+    out: Annotated[Path, typer.Option(help="Output folder of the trained variant.")],
     params_file: ParamsFile = _PARAMS,
     tokens: Annotated[Path, typer.Option(help="Folder written by `bwsk tokens`.")] = Path("build/tokens"),
     tokenizer: Annotated[Path, typer.Option(help="Folder written by `bwsk tokenizer`.")] = Path("build/tokenizer"),
     base: Annotated[Path, typer.Option(help="Folder written by `bwsk base`.")] = Path("build/base"),
-    census: Annotated[Path, typer.Option(help="Census of the model.")] = Path("build/analysis/census.json"),
-    memory: Annotated[Path | None, typer.Option(help="Predicted memory, written by `bwsk memory`.")] = None,
+    census: Annotated[Path, typer.Option(help="Census, by `bwsk classify --json`.")] = Path(
+        "build/analysis/census.json"
+    ),
+    memory: Annotated[Path | None, typer.Option(help="Predicted memory, by `bwsk memory --json`.")] = None,
     checkpoints: Annotated[Path, typer.Option(help="Where to checkpoint and resume.")] = Path("build/checkpoints"),
-    curves: Annotated[Path | None, typer.Option(help="Also write train.csv and validation.csv here.")] = None,
-    gpus: Annotated[int, typer.Option(help="GPU slots of this job; 0 trains on the CPU.", min=0)] = 1,
+    curves: Annotated[Path | None, typer.Option(help="Also write train.csv and validation.csv to this folder.")] = None,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs of this job; 0 trains on the CPU.", min=0)] = 1,
 ) -> None:
     """Train one variant.
 
-    After an interruption, give the same command again: it continues from its last checkpoint.
+    After an interruption, give the same command again to continue from the last checkpoint.
     """
     from bwsk.files import require_writable
     from bwsk.locks import wait_lock
@@ -40,14 +42,13 @@ def train(
     from bwsk.study.params import load_params
     from bwsk.study.signals import Interrupted
     from bwsk.study.train import Run, finished
-    from bwsk.study.train_inputs import TrainInputs
 
     params = load_params(params_file)
     params.split_variant(variant)
     for folder in (out, *([curves] if curves else [])):
         require_writable(folder)
-    inputs = TrainInputs(tokens=tokens, tokenizer=tokenizer, base=base, census=census, memory=memory)
-    # One process at a time: also one that was left behind when its Snakemake was killed, which may still be training.
+    inputs = Inputs(tokens=tokens, tokenizer=tokenizer, base=base, census=census, memory=memory)
+    # One process at a time. A process that was left behind when its Snakemake was killed may still be training.
     lock = wait_lock(checkpoints / f"{variant}.lock", f"{variant}", say=_say)
     device = pick_device(gpus)
     free = free_memory(device)
@@ -67,7 +68,7 @@ def train(
         oom = True
     else:
         oom = False
-    if oom:  # out of the handler: the failed step's tensors, which its traceback holds, are free by now
+    if oom:  # outside the handler, whose traceback keeps the tensors of the failed step alive
         from transformers import AutoConfig
 
         from bwsk.study.out_of_memory import out_of_memory
@@ -86,19 +87,19 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model and its tokenizer.")],
     text: Annotated[Path | None, typer.Option(help="Evaluate on this UTF-8 text file.")] = None,
     json_file: JsonFile = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer of --text; the model's own if absent.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens of a window (--text).", min=2)] = 512,
-    stride: Annotated[int, typer.Option(help="Distance of windows (--text).", min=1)] = 128,
-    batch_size: Annotated[int, typer.Option(help="Windows of a batch (--text).", min=1)] = 32,
-    max_windows: Annotated[int | None, typer.Option(help="Only the first windows (--text).", min=1)] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer for --text; by default the model's own.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window (--text).", min=2)] = 512,
+    stride: Annotated[int, typer.Option(help="Distance between windows (--text).", min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(help="Windows per batch (--text).", min=1)] = 32,
+    max_windows: Annotated[int | None, typer.Option(help="Evaluate only this many windows (--text).", min=1)] = None,
     params_file: Annotated[Path | None, typer.Option("--params", help="Evaluate a variant of this study.")] = None,
     tokens: Annotated[Path, typer.Option(help="The study's tokens (--params).")] = Path("build/tokens"),
-    metrics: Annotated[Path | None, typer.Option(help="Also write the figures to compare by here (--params).")] = None,
-    gpus: Annotated[int, typer.Option(help="GPU slots of this job; 0 evaluates on the CPU.", min=0)] = 1,
+    metrics: Annotated[Path | None, typer.Option(help="Also write DVC's metrics to this file (--params).")] = None,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs of this job; 0 evaluates on the CPU.", min=0)] = 1,
 ) -> None:
-    """Perplexity of a saved model.
+    """Measure the perplexity of a saved model.
 
-    On any text (--text), or on a study's validation and test split (--params).
+    On any text (--text), or on a study's validation and test splits (--params).
     """
     from bwsk.cli.tables import evaluation_table
     from bwsk.errors import BwskError

@@ -12,7 +12,7 @@ from bwsk.study.compare import DECIMALS, Change
 from bwsk.study.formats import ABSENT, number
 from bwsk.units import MIB
 
-if TYPE_CHECKING:  # these import torch, for which compare need not wait
+if TYPE_CHECKING:  # these import torch, which compare does not need
     from bwsk.memory.prediction import Prediction
     from bwsk.reversible.plan import Plan
     from bwsk.reversible.plan_row import PlanRow
@@ -27,7 +27,7 @@ _KINDS = {
 
 
 def memory_table(source: str, found: Prediction, limit: float | None, largest: int | None) -> None:
-    """Print a prediction, and the answer to "does it fit"."""
+    """Print a prediction and, if there is a limit, whether the step fits."""
     out, digits = console(), _digits(found.peak_mib)
     lengths = f"{found.input_length}" + (f" + {found.target_length}" if found.target_length else "")
     mode = found.mode + (f" ({found.budget})" if found.budget else "")
@@ -41,7 +41,7 @@ def memory_table(source: str, found: Prediction, limit: float | None, largest: i
     for kind, size in found.kinds.items():
         shown.add_row(f"  {_KINDS[kind]}", number(size, digits))
     out.print(shown)
-    say(out, "\nNot in it: the CUDA context and cuBLAS workspaces (20 to 70 MiB by GPU), fragmentation.")
+    say(out, "\nNot included: the CUDA context, cuBLAS workspaces (20 to 70 MiB, depending on the GPU), fragmentation.")
     if limit is not None:
         verdict = "fits" if found.peak_mib <= limit else "does not fit"
         more = f"largest batch that fits: {largest}" if largest else "not even a batch of 1 fits"
@@ -64,14 +64,14 @@ def plan_tables(
     shown.add_column("to invert it")
     shown.add_column("here", no_wrap=True, vertical="bottom")
     numbers(shown, "saved\nKiB", "recomputed\nMFLOP")
-    for names, operations in _groups(rows(plan), full):
+    for names, rows in _groups(plan.rows(), full):
         shown.add_row(f"[bold]{names}[/bold]")
         for row in operations:
             flops = f"{row.flops / 1e6:,.0f}" if row.flops else ""
             saved = f"{row.saved / 1024:,.0f}" if row.saved >= 512 else "<1" if row.saved else ""
             shown.add_row(f"  {row.operation}", row.verdict, row.action, saved, flops)
     out.print(shown)
-    say(out, f"\nkept {number(plan.saved / MIB, digits)} MiB, predicted peak {number(plan.peak / MIB, digits)} MiB")
+    say(out, f"\nsaved {number(plan.kept / MIB, digits)} MiB, predicted peak {number(plan.peak / MIB, digits)} MiB")
     say(out, f"recomputed {plan.extra_flops / 1e9:,.1f} GFLOP, {plan.overhead:+.1%} of a step\n")
     shown = table(title="trade-off (predicted)")
     numbers(shown, "peak\nMiB", "saved\nMiB", "extra\nFLOPs")
@@ -95,7 +95,7 @@ def evaluation_table(splits: dict[str, dict[str, Any]]) -> None:
 
 
 def compare_table(changes: list[Change], a: str, b: str) -> None:
-    """Print the changes between the sides named `a` and `b`, by group."""
+    """Print the differences between `a` and `b`, grouped."""
     shown = table("", "", escape(a), escape(b), "change")
     previous = None
     for change in changes:
@@ -118,13 +118,13 @@ def _side(change: Change, value: Any) -> str:
 
 
 def _digits(peak: float) -> int:
-    """Decimals of the sizes in MiB of a table; those of a small model need one."""
+    """Number of decimals for sizes in MiB: one for small models, whose sizes would be all zeros without it."""
     return 1 if peak < 100 else 0
 
 
-def _groups(rows: list[PlanRow], full: bool) -> list[tuple[str, list[PlanRow]]]:
-    """Rows by module; modules with the same rows are listed once, unless `full`."""
-    modules: dict[str, list[PlanRow]] = {}
+def _groups(rows: list[Row], full: bool) -> list[tuple[str, list[Row]]]:
+    """Group rows by module; modules with the same rows are listed once, unless `full`."""
+    modules: dict[str, list[Row]] = {}
     for row in rows:
         modules.setdefault(row.module, []).append(row)
     if full:

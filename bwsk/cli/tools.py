@@ -1,4 +1,4 @@
-"""Commands to look with: at a study, at this machine, at what params.yaml may say."""
+"""Commands that inspect a study, this machine, or the schema of params.yaml."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def show(study: Study = _HERE) -> None:
 @app.command(rich_help_panel=LOOK)
 def doctor(
     study: Annotated[
-        Path | None, typer.Argument(help="A study; this directory, if it has a params.yaml.", show_default=False)
+        Path | None,
+        typer.Argument(help="Directory of a study; by default this one, if it has a params.yaml.", show_default=False),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """What this machine has, and whether the study would run.
+    """Show what this machine has, and whether the study would run.
 
-    Exit status 1 if it could not.
+    Exit status 1 if it would not.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -61,11 +62,11 @@ def doctor(
 
 @app.command(rich_help_panel=LOOK)
 def schema(
-    out: Annotated[Path | None, typer.Option(help="Write it to this file; else to standard output.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file; by default standard output.")] = None,
 ) -> None:
-    """The JSON schema of params.yaml.
+    """Print the JSON schema of params.yaml.
 
-    The workflow checks it, editors complete from it.
+    The workflow validates with it, and editors can complete from it.
     """
     import json
 

@@ -1,4 +1,4 @@
-"""Commands that keep a study's versions: the stages that DVC runs, and what differs between two versions."""
+"""Commands for the versions of a study: DVC's stages, recording, restoring and comparing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def stages(
 ) -> None:
     """Write dvc.yaml, the stages of a study.
 
-    Each of them asks Snakemake for one artifact.
+    Each stage asks Snakemake for one artifact.
     """
     from bwsk.study import dvc_stages as graph
 
@@ -48,9 +48,9 @@ def source(
 
 @app.command(rich_help_panel=VERSIONS)
 def record(study: Study = _HERE) -> None:
-    """Take over into DVC what Snakemake made.
+    """Record in DVC what Snakemake made.
 
-    Runs nothing again; refuses what is incomplete or stale.
+    Runs no step. Refuses results that are incomplete or stale.
     """
     from bwsk.study import dvc_sync as versions
 
@@ -61,7 +61,7 @@ def record(study: Study = _HERE) -> None:
 def restore(study: Study = _HERE) -> None:
     """Pull a study's outputs with DVC.
 
-    Tells Snakemake that they are up to date, and names what is missing.
+    Marks them as up to date for Snakemake, and names what is missing.
     """
     from bwsk.study import dvc_sync as versions
 
@@ -71,10 +71,10 @@ def restore(study: Study = _HERE) -> None:
 @app.command(rich_help_panel=VERSIONS, epilog="Example: bwsk compare HEAD~1 HEAD")
 def compare(
     a: Annotated[str, typer.Argument(help="A study directory, a results.json or a git revision.")],
-    b: Annotated[str, typer.Argument(help="What to compare it with.")],
-    study: Annotated[Path, typer.Option(help="The study whose results a revision stands for.")] = _HERE,
+    b: Annotated[str, typer.Argument(help="The one to compare with, given in the same way.")],
+    study: Annotated[Path, typer.Option(help="Study whose results are taken at a git revision.")] = _HERE,
 ) -> None:
-    """Whether two studies or two revisions are equal.
+    """Show the differences between two studies or two revisions.
 
     If they are not: what differs, in one line and as a table.
     """
