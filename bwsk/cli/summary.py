@@ -56,4 +56,4 @@ def _print_claims(out: Console, collected: dict[str, Any]) -> None:
     out.print()
     for row in evidence(collected):
         out.print(f"[bold]{escape(row.claim)}[/bold]: published {row.published}, here {escape(row.ours)}")
-        out.print(Padding(f"{row.verdict}: {escape(row.basis)}", (0, 0, 0, 4)))
+        out.print(Padding(f"{row.verdict}: {escape(row.basis)}", (0, 0, 0, 4), expand=False))

@@ -67,6 +67,13 @@ def test_a_time_added_below_the_noise_is_no_number() -> None:
     assert row.basis.endswith("conventional and bwsk-analyzed run the same step and differ by 100 %")
 
 
+def test_two_times_added_share_their_noise() -> None:
+    median = published_results(PARAMS)["variants"]["scratch-conventional"]["step_time_ms"]
+    edits = {"finetune_bwsk_reversible": 1.14, "scratch_bwsk_reversible": 1.07, "scratch_bwsk_analyzed": 1.091}
+    found = rows(**{name: {"step_time_ms": factor * median} for name, factor in edits.items()})
+    assert found["Time added to a step, reversible"].ours == "14 % / within noise (±9.1 %)"
+
+
 def test_the_digits_of_a_time_added_follow_its_noise() -> None:
     values = [(18.64, 0.4), (18.64, 3.21), (-22.04, 3.21), (18.64, 18.64), (-22.0, 46.8), (18.64, None), (None, 2.0)]
     assert [added_time(*value) for value in values] == [
