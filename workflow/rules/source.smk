@@ -13,6 +13,8 @@ rule source:
         collect("build/source/{step}", step=STEPS),
     log:
         "build/logs/source.log",
+    conda:
+        "../envs/bwsk.yml"
     message:
         "Digest the code of each step"
     shell:
