@@ -32,6 +32,14 @@ def test_a_clone_has_the_same_bytes_and_nothing_to_do(one_variant: Checkout, tmp
     clone.set(train__lr_scratch=2.0e-3)
     assert f"train {VARIANT}" in clone.stale_jobs()
     assert f"train@{VARIANT}" in clone.stale_stages()
+    clone.git("checkout", "--", ".")
+    # A remark in the package is no other code, a constant is.
+    card = clone.root / "bwsk" / "study" / "card.py"
+    card.write_text(f"{card.read_text()}\n# a remark\n")
+    assert "have nothing to do" in clone.bwsk("restore")
+    card.write_text(f"{card.read_text()}EDITED = True\n")
+    shown = clone.bwsk("restore", ok=False)
+    assert "recorded with other parameters or source: card, check; make them anew: dvc repro" in shown
 
 
 def test_a_pull_alone_would_make_everything_again(one_variant: Checkout, tmp_path: Path) -> None:
