@@ -261,7 +261,9 @@ class _KeptMask:
 
     def __call__(self, stack: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]):
         tokens = kwargs.get("input_ids")
-        given = any(kwargs.get(name) is not None for name in ("attention_mask", "past_key_values"))
+        from bwsk.cache_argument import CACHE, renamed
+
+        given = any(renamed(kwargs).get(name) is not None for name in ("attention_mask", CACHE))
         if tokens is None or given or kwargs.get("use_cache") or not (stack.training and torch.is_grad_enabled()):
             return None
         weight = stack.embed_tokens.weight
@@ -270,6 +272,6 @@ class _KeptMask:
             from bwsk._compat import create_causal_mask
 
             like = torch.empty((*tokens.shape, 0), dtype=weight.dtype, device=weight.device)
-            options = {"inputs_embeds": like, "attention_mask": None, "past_key_values": None}
+            options = {"inputs_embeds": like, "attention_mask": None, CACHE: None}
             self.kept[key] = create_causal_mask(config=stack.config, **options)
         return args, {**kwargs, "attention_mask": self.kept[key]}

@@ -7,11 +7,13 @@ import pickle
 
 import pytest
 import torch
+from bwsk.reversible.t5.engine.rule import changed
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from bwsk import BwskError, make_reversible
-from bwsk.reversible.t5.policy import changed
+from bwsk.cache_argument import CACHE
 from tests.unit.test_reversible_gradients import batch, differences, pair, reversible, train
 
 
@@ -287,6 +289,29 @@ def test_tuples_keep_their_places_without_the_cache():
     assert len(one) == len(other)
     assert other[2] is None
     assert torch.equal(one[3], other[3])
+
+
+@pytest.mark.parametrize("level", ["fast", "max"])
+@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE}))
+def test_a_cache_that_is_given_is_filled(name, level):
+    """Whatever the version of transformers calls it; the sublayers then run their stock forward."""
+    found = []
+    for model in pair():
+        if found:
+            reversible(model, level)
+        given = {key: value for key, value in batch(1).items() if key != "use_cache"}
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        torch.manual_seed(1)
+        model.train()(**given, **{name: cache}).loss.backward()
+        found.append((cache, [p.grad for p in model.parameters()]))
+    (filled, expected), (ours, gradients) = found
+    for part in ("self_attention_cache", "cross_attention_cache"):
+        stock_layers, our_layers = getattr(filled, part).layers, getattr(ours, part).layers
+        assert len(our_layers) == len(stock_layers) > 0
+        for one, other in zip(stock_layers, our_layers, strict=True):
+            assert torch.equal(one.keys, other.keys)
+            assert torch.equal(one.values, other.values)
+    assert all(torch.equal(one, other) for one, other in zip(expected, gradients, strict=True))
 
 
 def test_balanced_learns_nothing_from_a_batch_without_labels():

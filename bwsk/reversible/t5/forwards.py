@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from bwsk._compat import ALL_ATTENTION_FUNCTIONS, attention_kind, shift_right
-from bwsk.reversible.cross_entropy import chunked_cross_entropy, cross_entropy
+from bwsk.cache_argument import CACHE, renamed
 from bwsk.reversible.dropout import dropout
 from bwsk.reversible.guard import refuse_double_backward
 from bwsk.reversible.patching import stock_forward
@@ -31,6 +30,7 @@ from bwsk.reversible.t5.nodes import AttentionNode, BlockCall, BlockNode, FeedFo
 from bwsk.reversible.t5.policy import Policy, changed, engaged
 from bwsk.reversible.t5.rms_norm import rms_apply, rms_backward, rms_statistic
 from bwsk.reversible.t5.tied_embedding import LookupNode, ProjectionNode
+from bwsk.study.non_finite import OutOfFloat16
 
 
 @torch.compiler.disable
@@ -118,15 +118,15 @@ def _stock_cache(layer: nn.Module) -> DynamicCache | None:
 
 
 @outside_compile
-def self_attention(self, hidden_states, attention_mask=None, position_bias=None, past_key_values=None, **kwargs):
+def self_attention(self, hidden_states, attention_mask=None, position_bias=None, **kwargs):
     """T5LayerSelfAttention.forward while training."""
-    if not engaged(self, hidden_states, None, attention_mask, past_key_values=past_key_values, **kwargs):
+    kwargs = renamed(kwargs)
+    if not engaged(self, hidden_states, None, attention_mask, **kwargs):
         return stock_forward(self)(
             hidden_states,
             attention_mask=attention_mask,
             position_bias=position_bias,
-            past_key_values=_stock_cache(self) if past_key_values is None else past_key_values,
-            **kwargs,
+            **{**kwargs, CACHE: _stock_cache(self) if kwargs.get(CACHE) is None else kwargs[CACHE]},
         )
     bias = _own_bias(self, hidden_states, position_bias)
     w = attention_weights(self)
@@ -137,18 +137,16 @@ def self_attention(self, hidden_states, attention_mask=None, position_bias=None,
 
 
 @outside_compile
-def cross_attention(
-    self, hidden_states, key_value_states, attention_mask=None, position_bias=None, past_key_values=None, **kwargs
-):
+def cross_attention(self, hidden_states, key_value_states, attention_mask=None, position_bias=None, **kwargs):
     """T5LayerCrossAttention.forward while training. The stock bias of zeros is neither made nor added."""
-    if not engaged(self, hidden_states, key_value_states, attention_mask, past_key_values=past_key_values, **kwargs):
+    kwargs = renamed(kwargs)
+    if not engaged(self, hidden_states, key_value_states, attention_mask, **kwargs):
         return stock_forward(self)(
             hidden_states,
             key_value_states,
             attention_mask=attention_mask,
             position_bias=position_bias,
-            past_key_values=_stock_cache(self) if past_key_values is None else past_key_values,
-            **kwargs,
+            **{**kwargs, CACHE: _stock_cache(self) if kwargs.get(CACHE) is None else kwargs[CACHE]},
         )
     w = attention_weights(self)
     call = _attention_call(self, hidden_states, self._bwsk.level)
@@ -196,14 +194,14 @@ def block(
     encoder_hidden_states=None,
     encoder_attention_mask=None,
     encoder_decoder_position_bias=None,
-    past_key_values=None,
     **kwargs,
 ):
-    """T5Block.forward while training, where the whole block is recomputed from its input."""
+    """T5Block.forward while training, where the whole block is redone from its input."""
+    kwargs = renamed(kwargs)
     x, states = hidden_states, encoder_hidden_states
     own, *middle, feed = self.layer
     plain = (
-        engaged(self, x, states, attention_mask, encoder_attention_mask, past_key_values=past_key_values, **kwargs)
+        engaged(self, x, states, attention_mask, encoder_attention_mask, **kwargs)
         and x.dtype is not torch.float16  # the stock block clamps float16 between its sublayers
         and (encoder_decoder_position_bias is None or not encoder_decoder_position_bias.requires_grad)
         and len(middle) == (states is not None)
@@ -216,7 +214,6 @@ def block(
             states,
             encoder_attention_mask,
             encoder_decoder_position_bias,
-            past_key_values=past_key_values,
             **kwargs,
         )
     bias = _own_bias(own, x, position_bias)
@@ -309,6 +306,7 @@ def conditional(self, *args, **kwargs):
         bound = inspect.signature(stock).bind(*args, **kwargs)
         kwargs = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         kwargs.pop("kwargs", None)
+    kwargs = renamed(kwargs)
     labels = kwargs.pop("labels", None)
     as_dict = kwargs.pop("return_dict", None)
     tied = policy.tied
@@ -323,7 +321,7 @@ def conditional(self, *args, **kwargs):
         return outputs
     # None stands where the stock step has the cache that was not made: what follows keeps its place.
     values = [(item.name, getattr(outputs, item.name)) for item in fields(outputs)]
-    return tuple(v for name, v in values if v is not None or (uncached and name == "past_key_values"))
+    return tuple(v for name, v in values if v is not None or (uncached and name == CACHE))
 
 
 def _with_loss(model: nn.Module, stock: Any, labels: Tensor | None, kwargs: dict[str, Any]):
@@ -331,9 +329,9 @@ def _with_loss(model: nn.Module, stock: Any, labels: Tensor | None, kwargs: dict
         return stock(**kwargs, return_dict=True)
     policy: Policy = model._bwsk
     if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
-        kwargs["decoder_input_ids"] = shift_right(model)(labels)
-    if kwargs.get("past_key_values") is None:
-        # Training has no use for a cache, but the stock step lays out its keys by it. That layout is kept.
+        kwargs["decoder_input_ids"] = model._shift_right(labels)
+    if kwargs.get(CACHE) is None:
+        # Training has no use for a cache, but the stock step lays out its keys by it; that layout is kept.
         asked = kwargs.get("use_cache")
         policy.tied.cached = bool(model.decoder.config.use_cache if asked is None else asked)
         kwargs["use_cache"] = False

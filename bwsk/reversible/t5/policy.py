@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bwsk._compat import globally_hooked
-from bwsk.reversible.patching import PatchedForward, hooked
-from bwsk.reversible.t5.float16 import OutOfFloat16
-from bwsk.reversible.t5.tied_embedding import TiedTable
+from bwsk.cache_argument import CACHE
+from bwsk.reversible.patching import globally_hooked, hooked
+from bwsk.study.non_finite import OutOfFloat16
 
 
 class Part(NamedTuple):
@@ -58,7 +57,7 @@ def engaged(module: nn.Module, x: Tensor, states: Tensor | None, *masks: Tensor 
     """
     if not module.training or not torch.is_grad_enabled():
         return False
-    if kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
+    if kwargs.get(CACHE) is not None or kwargs.get("output_attentions"):
         return False
     if any(mask is not None and mask.requires_grad for mask in masks):
         return False
