@@ -15,9 +15,11 @@ those of its weights; the operators that specimens are evidence about; and the p
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module, metadata, util
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -311,6 +313,21 @@ def set_loss(model: nn.Module, loss: Callable[..., Any] | None) -> None:
     if model.loss_function is not loss:
         del model._loss_function
         raise _error("transformers.PreTrainedModel._loss_function", "make_reversible")
+
+
+@cache
+def cache_argument() -> str:
+    """The argument that hands on a generation cache: "past_key_values", which transformers 5.24 renamed to "cache"."""
+    stack = _resolve("transformers.models.t5.modeling_t5.T5Stack")
+    return "cache" if "cache" in inspect.signature(stack.forward).parameters else "past_key_values"
+
+
+def with_cache_argument(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` with a generation cache under this version's name; callers may give either, as with stock models."""
+    if cache_argument() in kwargs or "past_key_values" not in kwargs:
+        return kwargs
+    others = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+    return {cache_argument(): kwargs["past_key_values"], **others}
 
 
 def collects_outputs(hook: Any) -> bool:

@@ -47,7 +47,7 @@ def _main() -> None:
         print(f"bwsk: error: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:  # `train` reports more about it
-        from bwsk.study.non_finite import is_out_of_memory
+        from bwsk.study.device import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

@@ -11,8 +11,7 @@ _PRECISION = typer.Option(
     "fp32",
     "--precision",
     "-p",
-    callback=lambda name: _LONG.get(name, name),
-    help="fp32, or bf16 or fp16 autocast with fp32 weights. The long names of params.yaml are accepted too.",
+    help="fp32, or bf16 or fp16 autocast with fp32 weights. The names of the dtypes are accepted too.",
 )
 
 

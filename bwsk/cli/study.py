@@ -42,12 +42,13 @@ def train(
     from bwsk.study.params import load_params
     from bwsk.study.signals import Interrupted
     from bwsk.study.train import Run, finished
+    from bwsk.study.train_inputs import TrainInputs
 
     params = load_params(params_file)
     params.split_variant(variant)
     for folder in (out, *([curves] if curves else [])):
         require_writable(folder)
-    inputs = Inputs(tokens=tokens, tokenizer=tokenizer, base=base, census=census, memory=memory)
+    inputs = TrainInputs(tokens=tokens, tokenizer=tokenizer, base=base, census=census, memory=memory)
     # One process at a time. A process that was left behind when its Snakemake was killed may still be training.
     lock = wait_lock(checkpoints / f"{variant}.lock", f"{variant}", say=_say)
     device = pick_device(gpus)

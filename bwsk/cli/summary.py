@@ -8,16 +8,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
-from bwsk.cli.output import numbers, say, table
+from bwsk.cli.output import console, numbers, say, table
 from bwsk.study import publication
 from bwsk.study.evidence import devices, evidence, verdicts
 from bwsk.study.formats import ABSENT, compact, number, spread
 
 
 def print_results(collected: dict[str, Any]) -> None:
-    """Print the table of results, and below it the figures that put it into perspective."""
-    title = f"{collected['study']['title']}: {collected['base']['name']} on {collected['corpus']['name']}"
-    shown = table(title=escape(title))
+    """Print which published claims hold and on what evidence, then the result table and what puts it in proportion."""
+    out = console()
+    _print_claims(out, collected)
+    shown = table()
     shown.add_column("variant", no_wrap=True, vertical="bottom")
     numbers(shown, "val\nppl", "test\nppl", "bits/\nbyte", "peak\nMiB", "step ms\n(quartiles)")
     previous = None

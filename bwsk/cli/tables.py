@@ -64,14 +64,14 @@ def plan_tables(
     shown.add_column("to invert it")
     shown.add_column("here", no_wrap=True, vertical="bottom")
     numbers(shown, "saved\nKiB", "recomputed\nMFLOP")
-    for names, rows in _groups(plan.rows(), full):
+    for names, operations in _groups(rows(plan), full):
         shown.add_row(f"[bold]{names}[/bold]")
         for row in operations:
             flops = f"{row.flops / 1e6:,.0f}" if row.flops else ""
             saved = f"{row.saved / 1024:,.0f}" if row.saved >= 512 else "<1" if row.saved else ""
             shown.add_row(f"  {row.operation}", row.verdict, row.action, saved, flops)
     out.print(shown)
-    say(out, f"\nsaved {number(plan.kept / MIB, digits)} MiB, predicted peak {number(plan.peak / MIB, digits)} MiB")
+    say(out, f"\nsaved {number(plan.saved / MIB, digits)} MiB, predicted peak {number(plan.peak / MIB, digits)} MiB")
     say(out, f"recomputed {plan.extra_flops / 1e9:,.1f} GFLOP, {plan.overhead:+.1%} of a step\n")
     shown = table(title="trade-off (predicted)")
     numbers(shown, "peak\nMiB", "saved\nMiB", "extra\nFLOPs")
@@ -122,9 +122,9 @@ def _digits(peak: float) -> int:
     return 1 if peak < 100 else 0
 
 
-def _groups(rows: list[Row], full: bool) -> list[tuple[str, list[Row]]]:
+def _groups(rows: list[PlanRow], full: bool) -> list[tuple[str, list[PlanRow]]]:
     """Group rows by module; modules with the same rows are listed once, unless `full`."""
-    modules: dict[str, list[Row]] = {}
+    modules: dict[str, list[PlanRow]] = {}
     for row in rows:
         modules.setdefault(row.module, []).append(row)
     if full:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bwsk._compat import T5_STACKS, relative_position_bucket
+from bwsk._compat import T5_STACKS, cache_argument, relative_position_bucket, with_cache_argument
 from bwsk.errors import BwskError
 from bwsk.study.device import autocast, is_out_of_memory
 
@@ -261,9 +261,7 @@ class _KeptMask:
 
     def __call__(self, stack: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]):
         tokens = kwargs.get("input_ids")
-        from bwsk.cache_argument import CACHE, renamed
-
-        given = any(renamed(kwargs).get(name) is not None for name in ("attention_mask", CACHE))
+        given = any(with_cache_argument(kwargs).get(name) is not None for name in ("attention_mask", cache_argument()))
         if tokens is None or given or kwargs.get("use_cache") or not (stack.training and torch.is_grad_enabled()):
             return None
         weight = stack.embed_tokens.weight
@@ -272,6 +270,6 @@ class _KeptMask:
             from bwsk._compat import create_causal_mask
 
             like = torch.empty((*tokens.shape, 0), dtype=weight.dtype, device=weight.device)
-            options = {"inputs_embeds": like, "attention_mask": None, CACHE: None}
+            options = {"inputs_embeds": like, "attention_mask": None, cache_argument(): None}
             self.kept[key] = create_causal_mask(config=stack.config, **options)
         return args, {**kwargs, "attention_mask": self.kept[key]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import json
 import logging
 import re
@@ -481,6 +482,16 @@ def test_transformers_own_hooks_are_told_from_others() -> None:
 
 
 FAMILY = [(T5ForConditionalGeneration, T5Config), (MT5ForConditionalGeneration, MT5Config)]
+
+
+@exercises("cache_argument", "with_cache_argument")
+def test_a_cache_has_the_name_that_stock_models_give_it() -> None:
+    name = _compat.cache_argument()
+    assert name in inspect.signature(T5ForConditionalGeneration.forward).parameters
+    cache = DynamicCache()
+    for given in (name, "past_key_values"):
+        assert _compat.with_cache_argument({given: cache, "use_cache": True}) == {name: cache, "use_cache": True}
+    assert _compat.with_cache_argument({"use_cache": True}) == {"use_cache": True}
 
 
 @exercises("create_causal_mask")

@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
-from bwsk.reversible.t5.engine.rule import changed
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from bwsk import BwskError, make_reversible
-from bwsk.cache_argument import CACHE
+from bwsk._compat import cache_argument
+from bwsk.reversible.t5.policy import changed
 from tests.unit.test_reversible_gradients import batch, differences, pair, reversible, train
 
 
@@ -292,7 +292,7 @@ def test_tuples_keep_their_places_without_the_cache():
 
 
 @pytest.mark.parametrize("level", ["fast", "max"])
-@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE}))
+@pytest.mark.parametrize("name", sorted({"past_key_values", cache_argument()}))
 def test_a_cache_that_is_given_is_filled(name, level):
     """Whatever the version of transformers calls it; the sublayers then run their stock forward."""
     found = []

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from bwsk.cache_argument import CACHE, renamed
+from bwsk._compat import ALL_ATTENTION_FUNCTIONS, attention_kind, cache_argument, with_cache_argument
+from bwsk.reversible.cross_entropy import chunked_cross_entropy, cross_entropy
 from bwsk.reversible.dropout import dropout
 from bwsk.reversible.guard import refuse_double_backward
 from bwsk.reversible.patching import stock_forward
@@ -30,7 +31,8 @@ from bwsk.reversible.t5.nodes import AttentionNode, BlockCall, BlockNode, FeedFo
 from bwsk.reversible.t5.policy import Policy, changed, engaged
 from bwsk.reversible.t5.rms_norm import rms_apply, rms_backward, rms_statistic
 from bwsk.reversible.t5.tied_embedding import LookupNode, ProjectionNode
-from bwsk.study.non_finite import OutOfFloat16
+
+CACHE = cache_argument()
 
 
 @torch.compiler.disable
@@ -120,7 +122,7 @@ def _stock_cache(layer: nn.Module) -> DynamicCache | None:
 @outside_compile
 def self_attention(self, hidden_states, attention_mask=None, position_bias=None, **kwargs):
     """T5LayerSelfAttention.forward while training."""
-    kwargs = renamed(kwargs)
+    kwargs = with_cache_argument(kwargs)
     if not engaged(self, hidden_states, None, attention_mask, **kwargs):
         return stock_forward(self)(
             hidden_states,
@@ -139,7 +141,7 @@ def self_attention(self, hidden_states, attention_mask=None, position_bias=None,
 @outside_compile
 def cross_attention(self, hidden_states, key_value_states, attention_mask=None, position_bias=None, **kwargs):
     """T5LayerCrossAttention.forward while training. The stock bias of zeros is neither made nor added."""
-    kwargs = renamed(kwargs)
+    kwargs = with_cache_argument(kwargs)
     if not engaged(self, hidden_states, key_value_states, attention_mask, **kwargs):
         return stock_forward(self)(
             hidden_states,
@@ -197,7 +199,7 @@ def block(
     **kwargs,
 ):
     """T5Block.forward while training, where the whole block is redone from its input."""
-    kwargs = renamed(kwargs)
+    kwargs = with_cache_argument(kwargs)
     x, states = hidden_states, encoder_hidden_states
     own, *middle, feed = self.layer
     plain = (
@@ -306,7 +308,7 @@ def conditional(self, *args, **kwargs):
         bound = inspect.signature(stock).bind(*args, **kwargs)
         kwargs = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         kwargs.pop("kwargs", None)
-    kwargs = renamed(kwargs)
+    kwargs = with_cache_argument(kwargs)
     labels = kwargs.pop("labels", None)
     as_dict = kwargs.pop("return_dict", None)
     tied = policy.tied

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bwsk.cache_argument import CACHE
-from bwsk.reversible.patching import globally_hooked, hooked
-from bwsk.study.non_finite import OutOfFloat16
+from bwsk._compat import cache_argument, globally_hooked
+from bwsk.reversible.patching import PatchedForward, hooked
+from bwsk.reversible.t5.float16 import OutOfFloat16
+from bwsk.reversible.t5.tied_embedding import TiedTable
+
+CACHE = cache_argument()
 
 
 class Part(NamedTuple):
