@@ -64,9 +64,10 @@ test-lowest test-newest: test-%:
 	  .venv-$*/bin/python -m pip freeze | grep -iE '^(torch|transformers|huggingface.hub|snakemake|dvc)=='; exit $$status
 
 .PHONY: lint
-lint: $(STAMP) ## ruff, snakefmt, snakemake --lint
+lint: $(STAMP) ## ruff, mypy, snakefmt, snakemake --lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/snakemake --lint
 
