@@ -96,6 +96,8 @@ _OPTIONAL = (
     "transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket",
 )
 
+# The method by which `nn.DataParallel` makes a replica of a module.
+REPLICATE = "_replicate_for_data_parallel"
 # Classes that transformers does not export, told by their names: encoders and decoders of the T5 family.
 T5_STACKS = ("T5Stack", "MT5Stack", "UMT5Stack")
 # Heads to try, in this order, for a config that does not name its class: a T5 becomes its sequence-to-sequence model,

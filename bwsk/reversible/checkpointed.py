@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,6 @@ from bwsk._compat import (
     ForCausalLMLoss,
     GradientCheckpointingLayer,
     attention_kind,
-    eager_attention,
     globally_hooked,
     looks_up_attention,
     own_loss,
@@ -56,22 +57,47 @@ from bwsk.reversible.patching import (
     unpatch,
 )
 from bwsk.reversible.plan import Choice, Head, Level, Plan, Unit, require_within_budget, solve
+from bwsk.reversible.stock import altered_function, altered_functional
 
 _KINDS = ("eager", "sdpa")
-_NAME = "bwsk"
 _LEVELS = (Level.CHECKPOINT_ATTENTION, Level.CHECKPOINT_BLOCK)
 
 
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-):
-    """The attention that the module's own config asks for, recomputed while it trains."""
-    kind = attention_kind(module._bwsk)
-    plain = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention(module))
-    recompute = kind in _KINDS and module.training and torch.is_grad_enabled() and not kwargs.get("output_attentions")
-    if not recompute:
-        return plain(module, query, key, value, attention_mask, **kwargs)
-    return _recomputed(plain, (), module, query, key, value, attention_mask, **kwargs)
+# Whether the attention module whose forward runs now has its scores recomputed.
+_recomputing: ContextVar[bool] = ContextVar("bwsk_recomputing", default=False)
+
+
+def _attention(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Forward of an attention module whose scores are recomputed while it trains.
+
+    The module runs its own code, and looks up its attention function by its own config as ever. What it finds is made
+    to be recomputed.
+    """
+    stock = stock_forward(self)
+    if not self.training or not torch.is_grad_enabled() or kwargs.get("output_attentions"):
+        return stock(*args, **kwargs)
+    token = _recomputing.set(True)
+    try:
+        return stock(*args, **kwargs)
+    finally:
+        _recomputing.reset(token)
+
+
+class _Lookup:
+    """`ALL_ATTENTION_FUNCTIONS.get_interface`, whose answer is recomputed within `_attention` and stock elsewhere."""
+
+    def __init__(self, stock: Callable[..., Callable[..., Any]]) -> None:
+        self.stock = stock
+
+    def __call__(self, kind: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        found = self.stock(kind, default)
+        return partial(_recomputed, found, ()) if _recomputing.get() and kind in _KINDS else found
+
+
+def _watch_lookups() -> None:
+    """Put `_Lookup` in place, once for the process: no config is touched, so every module sees its own."""
+    if not isinstance(vars(ALL_ATTENTION_FUNCTIONS).get("get_interface"), _Lookup):
+        ALL_ATTENTION_FUNCTIONS.get_interface = _Lookup(ALL_ATTENTION_FUNCTIONS.get_interface)
 
 
 def _recomputed(function: Callable[..., Any], weights: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +148,14 @@ def _block(self, *args, **kwargs):
     tensors = [*self.parameters(), *self.buffers()]
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     if caches:
-        layer = next((m.layer_idx for m in self.modules() if getattr(m, "layer_idx", None) is not None), None)
+        layer = next(
+            (
+                index
+                for m in self.modules()
+                if (index := getattr(m, "layer_idx", getattr(m, "layer_id", None))) is not None
+            ),
+            None,
+        )
         if layer is None or not _holds_nothing(caches[0], layer):
             return stock(*args, **kwargs)
     calls = []
@@ -149,11 +182,26 @@ def _causal_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' causal language model loss; the plain mean keeps one copy of the logits."""
-    if num_items_in_batch is not None or shift_labels is not None or not torch.is_grad_enabled():
+    """transformers' causal language model loss with one copy of the logits.
+
+    As a mean, or as a sum over a number of items, which `Trainer` gives for every model whose loss is this one.
+    """
+    if not torch.is_grad_enabled() or not logits.requires_grad:
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
-    shifted = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous().view(-1).to(logits.device)
-    return cross_entropy(logits.float().view(-1, vocab_size), shifted, 64, ignore_index)
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
+    shift_labels = shift_labels.view(-1).to(logits.device)
+    reduction: Literal["mean", "sum"] = "mean" if num_items_in_batch is None else "sum"
+    loss = cross_entropy(logits.float().view(-1, vocab_size), shift_labels, 64, ignore_index, reduction)
+    if num_items_in_batch is None:
+        return loss
+    return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+
+
+def _loss_is_known() -> bool:
+    """Whether transformers' causal loss, and what it calls, are the functions that `_causal_loss` stands in for."""
+    home = ForCausalLMLoss.__module__
+    return not (altered_function(ForCausalLMLoss, home, "ForCausalLMLoss") or altered_functional())
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -212,15 +260,18 @@ def install_levels(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
             kind = attention_kind(attention.config)
             if kind not in _KINDS or getattr(attention.config, "reorder_and_upcast_attn", False):
                 continue
-            ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
-            attention._bwsk = attention.config
-            own = copy.copy(attention.config)
-            set_attention_kind(own, _NAME)
-            attention.config = own
+            require_stock_forward(f"{name}'s attention", attention)
+            _watch_lookups()
+            patch_forward(attention, _attention, None)
             touched.append(attention)
     # A class that names no loss of its own, such as GPT2LMHeadModel, has this one too.
     loss = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
-    if loss is ForCausalLMLoss and model.get_output_embeddings() is not None and own_loss(model) is None:
+    if (
+        loss is ForCausalLMLoss
+        and model.get_output_embeddings() is not None
+        and own_loss(model) is None
+        and _loss_is_known()
+    ):
         set_loss(model, _causal_loss)
         model._bwsk = None
         touched.append(model)
@@ -230,9 +281,7 @@ def install_levels(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
 def uninstall(modules: list[nn.Module]) -> None:
     """Take off what `install` set up."""
     for module in modules:
-        before = unpatch(module)
-        if before is not None:
-            module.config = before
+        unpatch(module)
         if own_loss(module) is _causal_loss:
             set_loss(module, None)
 
@@ -324,8 +373,11 @@ def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, le
     )
 
 
-def plan_general(config: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
-    """The plan for a config without an engine of its own: `shape` is (batch, input tokens, target tokens)."""
+def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
+    """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
+    if isinstance(model, nn.Module):
+        blocks(model)  # refused here with its hooks, which a model built from the config would not have
+    config = _named(model) if isinstance(model, nn.Module) else model
     attention = attention_kind(config, None) or "eager"
     attention = attention if attention in _KINDS else "eager"
     batch, ins, outs = shape

@@ -15,6 +15,7 @@ not the same bits, and there are no logits to return. The idea is Liger Kernel's
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ def _sole_holders() -> int:
 
 
 class CrossEntropyNode(torch.autograd.Function):
-    """Mean negative log-likelihood of (..., V) logits; the backward overwrites the logits if nobody else holds them.
+    """Negative log-likelihood of (..., V) logits, their mean or sum; the backward overwrites the logits if nobody else
+    holds them.
 
     What is saved is an alias of the logits, not the tensor that the caller got: an alias counts as one more holder of
     the memory, so that a caller who still holds the logits can be told from one who dropped them.
@@ -62,7 +64,14 @@ class CrossEntropyNode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, whole: Tensor, labels: Tensor, ignore_index: int, scores_dtype: torch.dtype, wide: bool, width: int
+        ctx,
+        whole: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        scores_dtype: torch.dtype,
+        wide: bool,
+        width: int,
+        reduction: int,
     ):
         saved = whole.detach()
         logits = saved.view(-1, saved.shape[-1])
@@ -77,9 +86,9 @@ class CrossEntropyNode(torch.autograd.Function):
         if wide:
             picked = picked.to(torch.float32)
         column = torch.where(labels == ignore_index, ignore_index, 0)
-        loss, weight = nll_loss_forward(picked, column, None, 1, ignore_index)
+        loss, weight = nll_loss_forward(picked, column, None, reduction, ignore_index)
         ctx.save_for_backward(saved, labels, weight)
-        ctx.ignore_index, ctx.dtype, ctx.wide = ignore_index, scores_dtype, wide
+        ctx.ignore_index, ctx.dtype, ctx.wide, ctx.reduction = ignore_index, scores_dtype, wide, reduction
         ctx.overwritten = False
         return loss
 
@@ -95,13 +104,13 @@ class CrossEntropyNode(torch.autograd.Function):
         for rows in _blocks(n, ctx.rows):
             scores = torch.log_softmax(logits[rows].to(ctx.dtype), -1)
             wide = scores.to(torch.float32) if ctx.wide else scores
-            g_scores = nll_loss_backward(g, wide, labels[rows], None, 1, ctx.ignore_index, weight)
+            g_scores = nll_loss_backward(g, wide, labels[rows], None, ctx.reduction, ctx.ignore_index, weight)
             del wide
             g_logits = log_softmax_backward(g_scores.to(ctx.dtype), scores, -1, ctx.dtype)
             del g_scores, scores
             out[rows] = g_logits
             del g_logits
-        return result, None, None, None, None, None
+        return result, None, None, None, None, None, None
 
 
 def block_rows(n: int, width: int) -> int:
@@ -123,7 +132,13 @@ def _blocks(n: int, step: int):
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, width: int, ignore_index: int = -100) -> Tensor:
+# PyTorch's numbers for the reductions of a loss.
+_REDUCTIONS = {"mean": 1, "sum": 2}
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, width: int, ignore_index: int = -100, reduction: Literal["mean", "sum"] = "mean"
+) -> Tensor:
     """`F.cross_entropy(…)` of contiguous logits (..., V) and labels (n,): the same bits, one copy of the logits.
 
     `width` is that of the hidden states that the logits come from; blocks are as large as is free (`block_rows`).
@@ -136,7 +151,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, width: int, ignore_index: int 
         wide = True
         if not acts_as_cuda(logits) or _widens_first(logits.device, dtype):
             dtype = torch.float32
-    return CrossEntropyNode.apply(logits, labels, ignore_index, dtype, wide, width)
+    return CrossEntropyNode.apply(logits, labels, ignore_index, dtype, wide, width, _REDUCTIONS[reduction])
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from bwsk._compat import collects_outputs
+from bwsk._compat import REPLICATE, collects_outputs
 from bwsk.errors import BwskError
 
 
@@ -29,6 +29,22 @@ class PatchedForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(stock_forward(self.module))
+
+
+class StockReplica:
+    """How `nn.DataParallel` makes a replica of a patched module: with the stock forward.
+
+    A replica is a module of its own, with weights of its own. The patch on the original knows only the original.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self) -> nn.Module:
+        replica = getattr(type(self.module), REPLICATE)(self.module)
+        for name in ("forward", "_bwsk", REPLICATE):
+            replica.__dict__.pop(name, None)
+        return replica
 
 
 def stock_forward(module: nn.Module) -> Callable[..., Any]:
@@ -54,12 +70,14 @@ def patch_forward(module: nn.Module, method: Callable[..., Any], state: Any) -> 
     """Set `method` as the module's forward; it finds `state` as `_bwsk`."""
     module._bwsk = state
     module.forward = PatchedForward(method, module)
+    setattr(module, REPLICATE, StockReplica(module))
 
 
 def unpatch(module: nn.Module) -> Any:
     """Undo `patch_forward` and return its state; a forward that others have set since then stays."""
     if isinstance(module.__dict__.get("forward"), PatchedForward):
         del module.forward
+    module.__dict__.pop(REPLICATE, None)
     return module.__dict__.pop("_bwsk", None)
 
 

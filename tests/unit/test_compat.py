@@ -494,6 +494,16 @@ def test_a_cache_has_the_name_that_stock_models_give_it() -> None:
     assert _compat.with_cache_argument({"use_cache": True}) == {"use_cache": True}
 
 
+@exercises("REPLICATE")
+def test_data_parallel_makes_replicas_by_a_method_of_the_module() -> None:
+    layer = nn.Linear(2, 2)
+    setattr(layer, _compat.REPLICATE, lambda: "ours")
+    assert getattr(layer, _compat.REPLICATE)() == "ours"
+    replica = getattr(nn.Linear, _compat.REPLICATE)(layer)
+    assert type(replica) is nn.Linear
+    assert replica is not layer
+
+
 @exercises("create_causal_mask")
 def test_the_mask_of_a_decoder_without_padding_is_the_causal_one() -> None:
     config = small_t5().decoder.config
@@ -560,7 +570,7 @@ def test_position_buckets_of_a_t5() -> None:
 def test_each_name_has_its_test() -> None:
     public = {name for name in vars(_compat) if not name.startswith("_")}
     imported = {name for name in public if getattr(vars(_compat)[name], "__module__", None) != "bwsk._compat"}
-    own = {name for name in public if name in ("HEADS", "T5_STACKS") or name not in imported}
+    own = {name for name in public if name in ("HEADS", "REPLICATE", "T5_STACKS") or name not in imported}
     machinery = {"Missing", "missing"}
     assert {*_compat._OBJECTS, *own} - machinery == EXERCISED
 

@@ -5,6 +5,7 @@ Modules, parameters, names and classes stay the stock ones: `forward` is set on 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from bwsk.memory.fake_step import stock_peak
 from bwsk.reversible.budget import parse_budget
 from bwsk.reversible.patching import patch_forward, require_stock_forward, unpatch
 from bwsk.reversible.plan import Level, Plan, require_within_budget, solve
+from bwsk.reversible.stock import altered, altered_functional, library_class
 from bwsk.reversible.t5 import costs
 from bwsk.reversible.t5.forwards import (
     block,
@@ -33,13 +35,44 @@ from bwsk.reversible.t5.policy import Part, Policy, parts_of
 from bwsk.reversible.t5.tied_embedding import TiedTable
 
 FAMILY = ("t5", "mt5")
+HEADS = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 
 
 def covers(model: Any) -> bool:
-    """Whether a model is built of T5 stacks that this engine knows, or a config is of the family."""
-    if not isinstance(model, nn.Module):
-        return model.model_type in FAMILY
-    return getattr(getattr(model, "config", None), "model_type", None) in FAMILY and bool(_stacks(model))
+    """Whether a model or config is of the family."""
+    return getattr(getattr(model, "config", model), "model_type", None) in FAMILY
+
+
+def _require_stacks(model: nn.Module) -> None:
+    """Raise `BwskError` unless the stacks and their blocks are where the config says: plans are made of it."""
+    parts = costs.Parts.of(library_class(type(model)))
+    expected = {"encoder": model.config.num_layers}
+    if parts.decoder:
+        expected["decoder"] = model.config.num_decoder_layers
+    names = {id(m): n for n, m in model.named_modules()}
+    stacks = {names[id(stack)].rpartition(".")[2]: stack for stack in _stacks(model)}
+    for name, layers in expected.items():
+        if name not in stacks:
+            raise BwskError(f"make_reversible: the {name} is not transformers' own T5 stack; not supported")
+        found = len({id(item) for item in stacks[name].block})
+        if found != layers:
+            raise BwskError(
+                f"make_reversible: the {name} has {found} blocks of its own where its config says {layers}; "
+                "not supported, set the config to what the model is"
+            )
+
+
+def _require_stock(model: nn.Module) -> None:
+    """Raise `BwskError` if a class of the model, or a function that it calls, is not transformers' or PyTorch's own."""
+    kinds = {type(module): None for stack in _stacks(model) for module in stack.modules()}
+    for kind in (library_class(type(model)), *kinds):
+        if reason := altered(kind):
+            raise BwskError(
+                f"make_reversible: {kind.__name__} {reason}, which the engine would not run; "
+                "take the change back, or leave make_reversible out"
+            )
+    if reason := altered_functional():
+        raise BwskError(f"make_reversible: {reason}, which the engine would not call; take the change back")
 
 
 def _stacks(model: nn.Module) -> list[nn.Module]:
@@ -47,7 +80,8 @@ def _stacks(model: nn.Module) -> list[nn.Module]:
 
 
 def _is_stock(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("transformers.models.")
+    home = sys.modules.get(type(module).__module__)
+    return home.__name__.startswith("transformers.models.") and vars(home).get(type(module).__name__) is type(module)
 
 
 def prefix(model: nn.Module) -> str:
@@ -116,7 +150,8 @@ def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = 
     config = getattr(model, "config", model)
     sizes = costs.Shape(*shape, element=4 if precision == "fp32" else 2)
     if isinstance(model, nn.Module):
-        parts = replace(costs.Parts.of(type(model)), prefix=prefix(model))
+        _require_stacks(model)
+        parts = replace(costs.Parts.of(library_class(type(model))), prefix=prefix(model))
     else:
         parts = costs.Parts.of(model_class(config))
     parameters = costs.parameters(config, parts)
@@ -176,10 +211,11 @@ def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[
                 todo.append((item, block, Policy(Level.CHECKPOINT_BLOCK, parts, facts=facts)))
         todo.append((stack.final_layer_norm, norm, Policy(Level.SAVE_CONTEXT)))
         todo.append((stack.dropout, drop, Policy(Level.SAVE_CONTEXT)))
-    if type(model).__name__ in ("T5ForConditionalGeneration", "MT5ForConditionalGeneration") and head != "stock":
+    if library_class(type(model)).__name__ in HEADS and head != "stock":
         todo += _head_policies(model, head, tied)
     for module, _, _ in todo:
         require_stock_forward(names[id(module)], module)
+    _require_stock(model)
     for module, method, policy in todo:
         patch_forward(module, method, policy)
     return [module for module, _, _ in todo]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from bwsk._compat import ALL_ATTENTION_FUNCTIONS, attention_kind, cache_argument, with_cache_argument
+from bwsk._compat import ALL_ATTENTION_FUNCTIONS, attention_kind, cache_argument, shift_right, with_cache_argument
 from bwsk.reversible.cross_entropy import chunked_cross_entropy, cross_entropy
 from bwsk.reversible.dropout import dropout
 from bwsk.reversible.guard import refuse_double_backward
@@ -331,7 +331,7 @@ def _with_loss(model: nn.Module, stock: Any, labels: Tensor | None, kwargs: dict
         return stock(**kwargs, return_dict=True)
     policy: Policy = model._bwsk
     if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
-        kwargs["decoder_input_ids"] = model._shift_right(labels)
+        kwargs["decoder_input_ids"] = shift_right(model)(labels)
     if kwargs.get(CACHE) is None:
         # Training has no use for a cache, but the stock step lays out its keys by it; that layout is kept.
         asked = kwargs.get("use_cache")
