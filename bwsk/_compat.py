@@ -100,6 +100,8 @@ _OPTIONAL = (
 REPLICATE = "_replicate_for_data_parallel"
 # Classes that transformers does not export, told by their names: encoders and decoders of the T5 family.
 T5_STACKS = ("T5Stack", "MT5Stack", "UMT5Stack")
+# Attentions whose position buckets depend on the lengths alone; UMT5's method of that name has another signature.
+T5_ATTENTIONS = ("T5Attention", "MT5Attention")
 # Heads to try, in this order, for a config that does not name its class: a T5 becomes its sequence-to-sequence model,
 # a BERT its masked language model, a GPT-2 its causal one. These are the classes that the publication counted.
 HEADS = (

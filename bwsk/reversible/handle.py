@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,6 +18,9 @@ from bwsk.reversible.budget import NAMED
 from bwsk.reversible.plan import Plan, solve
 from bwsk.reversible.t5 import engine as t5
 from bwsk.units import to_precision
+
+if TYPE_CHECKING:
+    from bwsk.reversible.plan_row import PlanRow
 
 # The batch that a named budget is planned for when none is given: the published study's.
 DEFAULT_SHAPE = (4, 256, 256)
@@ -40,6 +43,12 @@ class Reversible:
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+    def rows(self) -> list[PlanRow]:
+        """The operations of the plan, each with its S/K verdict and whether its result is saved or recomputed."""
+        from bwsk.reversible.report import rows
+
+        return rows(self.plan)
 
     def undo(self) -> nn.Module:
         """Restore the stock forward of every module; returns the model. Calling it again does nothing."""

@@ -23,6 +23,7 @@ from bwsk.errors import BwskError
 from bwsk.locks import require_posix
 from bwsk.memory.available import free_host_memory
 from bwsk.study import hub
+from bwsk.study import tested_versions as tested
 from bwsk.study.params import DirectoryCorpus, Params, load_params
 
 Status = Literal["ok", "warn", "fail"]
@@ -84,6 +85,8 @@ def _software() -> Iterator[Finding]:
             yield Finding(name, status, f"{', '.join(missing)} missing; have {have or 'none'}", advice)
         else:
             yield Finding(name, "ok", have)
+    for name, found, advice in tested.outside():
+        yield Finding(name, "warn", found, advice)
     for name in _compat.missing():
         yield Finding("library", "warn" if name.optional else "fail", name.found, name.advice)
 

@@ -50,7 +50,7 @@ STEPS = {
     "memory-bwsk-reversible": Step(("memory.prediction", "files")),
     "train-conventional": Step(("study.train",), without=(*_ENGINE, "classification.erasure")),
     "train-bwsk-analyzed": Step(("study.train",), without=_ENGINE),
-    "train-bwsk-reversible": Step(("study.train",), without=("classification.erasure",)),
+    "train-bwsk-reversible": Step(("study.train",), without=("classification.erasure", "reversible.report")),
     "evaluate": Step(("study.evaluate",), ("tokens", "evaluate")),
     "results": Step(("study.results",), ("study", "variants")),
     "card": Step(("study.card", "study.results", "study.staleness"), ("study", "variants")),

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bwsk._compat import T5_STACKS, cache_argument, relative_position_bucket, with_cache_argument
+from bwsk._compat import T5_ATTENTIONS, T5_STACKS, cache_argument, relative_position_bucket, with_cache_argument
 from bwsk.errors import BwskError
 from bwsk.study.device import autocast, is_out_of_memory
 
@@ -214,7 +214,8 @@ def keep_position_buckets(model: nn.Module) -> None:
     values, same bits. Outside training the stock method runs: a generation's positions start elsewhere.
     """
     for module in model.modules():
-        if getattr(module, "has_relative_attention_bias", False) and relative_position_bucket(module, None):
+        known = type(module).__name__ in T5_ATTENTIONS and module.has_relative_attention_bias
+        if known and relative_position_bucket(module, None):
             module.compute_bias = _BiasOfKeptBuckets(module)
 
 

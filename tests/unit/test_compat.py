@@ -529,12 +529,15 @@ def test_masks_are_left_out_by_what_this_module_calls_tracing(monkeypatch: pytes
     assert traced == ordinary + 1
 
 
-@exercises("T5_STACKS")
+@exercises("T5_ATTENTIONS", "T5_STACKS")
 @pytest.mark.parametrize(("cls", "config"), FAMILY)
 def test_a_t5_is_built_of_the_classes_and_modules_that_the_engine_names(cls: type, config: type) -> None:
     model = small_t5(cls, config)
     stacks = [name for name, module in model.named_modules() if type(module).__name__ in _compat.T5_STACKS]
     assert stacks == ["encoder", "decoder"]
+    kinds = [type(module).__name__ for module in model.modules() if hasattr(module, "relative_attention_num_buckets")]
+    assert set(kinds) <= set(_compat.T5_ATTENTIONS)
+    assert kinds
     wi = "wi" if cls is T5ForConditionalGeneration else "wi_0"
     names = dict(model.named_modules())
     for name in (
@@ -570,7 +573,9 @@ def test_position_buckets_of_a_t5() -> None:
 def test_each_name_has_its_test() -> None:
     public = {name for name in vars(_compat) if not name.startswith("_")}
     imported = {name for name in public if getattr(vars(_compat)[name], "__module__", None) != "bwsk._compat"}
-    own = {name for name in public if name in ("HEADS", "REPLICATE", "T5_STACKS") or name not in imported}
+    own = {
+        name for name in public if name in ("HEADS", "REPLICATE", "T5_ATTENTIONS", "T5_STACKS") or name not in imported
+    }
     machinery = {"Missing", "missing"}
     assert {*_compat._OBJECTS, *own} - machinery == EXERCISED
 
@@ -708,7 +713,7 @@ def private_uses(tree: ast.AST, own: set[str]) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             text = node.value
             path = re.fullmatch(r"(torch|transformers)(\.\w+)+", text) and not _public(text)
-            if path or text in ("eager_attention_forward", *_compat.T5_STACKS, *_compat.HEADS):
+            if path or text in ("eager_attention_forward", *_compat.T5_STACKS, *_compat.T5_ATTENTIONS, *_compat.HEADS):
                 yield node.lineno, text
         if isinstance(node, (ast.Call, ast.Compare)):
             named = getattr(getattr(node, "func", None), "id", "")
