@@ -35,7 +35,9 @@ def load_config(source: Any, revision: str | None = None) -> PreTrainedConfig:
     if isinstance(source, PreTrainedConfig):
         return source
     if not isinstance(source, (str, PathLike)):
-        raise BwskError(f"{type(source).__name__}: not a model; give a module, a config, a Hub id or a path")
+        raise BwskError(
+            f"{type(source).__name__}: not a model; give a module, a transformers config, a Hub id or a path"
+        )
     text = str(source)
     path = Path(text)
     if path.is_dir():

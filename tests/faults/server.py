@@ -41,6 +41,10 @@ def preload() -> None:
     import bwsk.study.evaluate
     import bwsk.study.non_finite
     import bwsk.study.train  # noqa: F401
+    from bwsk.study.provenance import STEPS, source_digest
+
+    for step in STEPS:  # reading the source is most of a tiny run's calls, and nothing that a kill could spoil
+        source_digest(step)
 
 
 def serve() -> None:
