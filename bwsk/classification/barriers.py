@@ -2,7 +2,7 @@
 
 The graph has the data's operations as nodes and "uses the output of" as edges. K and GRAY operations are **barriers**.
 The *level* of an operation is the largest number of barriers on any path that ends in it. An **S-phase** is a maximal
-connected set of S operations of one level: everything in it can run, be undone or be recomputed without waiting for a
+connected set of S operations of one level. Everything in it can run, be inverted or be recomputed without waiting for a
 barrier. The longest chain of barriers is the largest level.
 
     level(v) = max over inputs u of level(u), + 1 if v is a barrier
@@ -11,7 +11,7 @@ What this is not: the CALM theorem (Hellerstein & Alvaro, "Keeping CALM", CACM 6
 program has a consistent, coordination-free implementation exactly if it is monotone in its growing input. That is a
 statement on sets of facts, not on invertibility: a ReLU erases and needs no coordination (it is pointwise, so every
 shard computes its own part), while an invertible matrix product over a sharded axis needs a sum. `pointwise` barriers
-are therefore counted apart.
+are therefore counted separately.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bwsk.classification.rules.rule import POINTWISE
 from bwsk.classification.trace import Trace
 from bwsk.errors import BwskError
 
-_SLACK = 1.1  # a stage may take this much more than its share if that saves traffic
+_SLACK = 1.1  # a stage may have this many times its even share of the FLOPs if that saves traffic
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class BarrierAnalysis:
     chain: tuple[int, ...]  # operations of one longest chain of barriers, in order
     crossing_bytes: tuple[int, ...]  # [d]: activations made at level <= d and used above it
     s_share: dict[str, float | None]  # of operations, FLOPs, bytes: the published parallelism ratio
-    width: dict[str, float | None]  # all work / longest path: how many devices the graph could keep busy
+    parallelism_bound: dict[str, float | None]  # all work / longest path: the most devices that it could keep busy
     levels: dict[int, int]
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class BarrierAnalysis:
             "chain": list(self.chain),
             "crossing_bytes": list(self.crossing_bytes),
             "s_share": self.s_share,
-            "width": self.width,
+            "parallelism_bound": self.parallelism_bound,
         }
 
 
@@ -123,7 +123,7 @@ def analyse(trace: Trace) -> BarrierAnalysis:
         chain=_chain(by_index, levels, before),
         crossing_bytes=_crossing(operations, inputs, levels),
         s_share={name: _share(operations, weight) for name, weight in _WEIGHTS.items()},
-        width={name: _width(operations, inputs, weight) for name, weight in _WEIGHTS.items()},
+        parallelism_bound={name: _parallelism(operations, inputs, weight) for name, weight in _WEIGHTS.items()},
         levels=levels,
     )  # fmt: skip
 
@@ -141,8 +141,8 @@ def _share(operations: list[Operation], weight: Callable[[Operation], int]) -> f
     return sum(weight(op) for op in operations if op.verdict == "S") / total if total else None
 
 
-def _width(operations: list[Operation], inputs: _Edges, weight: Callable[[Operation], int]) -> float | None:
-    """Total work over the heaviest path (Brent): the most that any number of devices can gain."""
+def _parallelism(operations: list[Operation], inputs: _Edges, weight: Callable[[Operation], int]) -> float | None:
+    """Total work over the heaviest path (Brent): the largest speed-up that any number of devices can give."""
     finish: dict[int, int] = {}
     for op in operations:
         finish[op.index] = weight(op) + max((finish[u] for u, _ in inputs[op.index]), default=0)

@@ -1,8 +1,8 @@
 """Census of a model's leaf modules: how many are S-type, K-type and GRAY, under either rule set.
 
-As published: the leaves of `named_modules()`, each counted once however often it runs. What the census cannot see is
-said in the result: parameters that a module holds itself although it has children (`outside`), and everything that is
-no module (softmax, residual additions), which the census of operations (`bwsk.classification.trace`) counts.
+As in the publication, it covers the leaves of `named_modules()`, each counted once however often it runs. Two things
+escape it. Parameters of a module that has children are listed in the result (`outside`). Operations outside of modules
+(softmax, residual additions) are counted by the census of operations (`bwsk.classification.trace`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bwsk.errors import BwskError
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """One leaf module: `verdict` is "S", "K" or "GRAY"; `how` tells by what its kind was found."""
+    """One leaf module: `verdict` is "S", "K" or "GRAY"; `found_by` says how its kind was determined (see `OpInfo`)."""
 
     name: str
     cls: str
@@ -36,7 +36,7 @@ class ModuleRow:
     residue: str | None
     reason: str
     source: str | None
-    how: str
+    found_by: str
     facts: dict[str, Any]
     parameters: int
 
@@ -49,10 +49,7 @@ class Census(Counts):
     rules: str
     mode: str
     rows: tuple[ModuleRow, ...]
-    outside: tuple[str, ...]  # parameters that belong to no leaf: no row speaks for them
-
-    def _judged(self) -> tuple[ModuleRow, ...]:
-        return self.rows
+    outside: tuple[str, ...]  # parameters that belong to no leaf and so to no row
 
     def by_kind(self) -> list[dict[str, Any]]:
         """Rows that share kind, verdict and condition, with their number, most first."""
@@ -118,7 +115,14 @@ def classify(
         rows.append(_row(path, module, subject, chosen.decide(subject)))
         covered.update(id(p) for p in module.parameters())
     outside = tuple(n for n, p in built.named_parameters() if id(p) not in covered)
-    return Census(name, chosen.name, "training" if built.training else "eval", tuple(rows), outside)
+    return Census(
+        **vars(Counts.of(row.verdict for row in rows)),
+        model=name,
+        rules=chosen.name,
+        mode="training" if built.training else "eval",
+        rows=tuple(rows),
+        outside=outside,
+    )
 
 
 def _model(source: Any, revision: str | None, training: bool | None) -> tuple[nn.Module, str]:
@@ -141,7 +145,7 @@ def _model(source: Any, revision: str | None, training: bool | None) -> tuple[nn
 def _row(path: str, module: nn.Module, subject: OpInfo, rule: Rule | None) -> ModuleRow:
     head = (path, type(module).__name__, subject.kind)
     facts = composition(subject.facts) if "flow" in subject.facts else subject.facts
-    tail = (subject.how, {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()})
+    tail = (subject.found_by, {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()})
     size = sum(p.numel() for p in module.parameters())
     if rule is None:
         why = "no rule for this kind" if subject.kind in KINDS else "not recognised by type, behaviour or operations"
@@ -156,4 +160,4 @@ def _with_rank(name: str, subject: OpInfo, module: nn.Module) -> OpInfo:
     if not bool(weight.isfinite().all()):
         raise BwskError(f"{name or type(module).__name__}: its weight is not finite, so it has no rank")
     rank = int(torch.linalg.matrix_rank(weight.detach().double()))
-    return OpInfo(subject.kind, {**subject.facts, "rank": rank}, subject.how)
+    return OpInfo(subject.kind, {**subject.facts, "rank": rank}, subject.found_by)

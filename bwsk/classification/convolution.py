@@ -7,9 +7,10 @@ A convolution is a linear map whose entries are the kernel's numbers. If one ker
   enough output channels and a tap for each phase copy everything;
 - or each window has at least as many output channels as numbers that it reads, and every position is read.
 
-K is certain if a position is never read, or fewer numbers come out than go in. What neither shows is GRAY: there the
-length of the input decides, which a layer does not know. Where nothing is said of the length, it is meant to be long
-and a multiple of the stride. `kernel` is the kernel's extent (dilation included), `padding` counts both ends.
+K is certain if a position is never read, or if the output has fewer numbers than the input. If neither S nor K can be
+shown, the verdict is GRAY: it then depends on the length of the input, which a layer does not know. Without a given
+length, the input is assumed to be long and a multiple of the stride. `kernel` is the kernel's extent (with dilation),
+`padding` counts both ends.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ def convolution(f: Facts) -> Verdict:
 
 
 def transposed_convolution(f: Facts) -> Verdict:
-    """The same of a transposed convolution: there a tap of the kernel copies an input into one phase of the output."""
+    """The same for a transposed convolution, where a tap of the kernel copies an input into one phase of the output."""
     extra = f.get("output_padding", (0,) * len(f["kernel"]))
     lengths = f.get("length", (None,) * len(f["kernel"]))
     whole, written, taken = 1, f["out"], f["in"]
     spare = []
     for k, s, p, d, o, n in zip(f["kernel"], f["stride"], f["padding"], _dilation(f), extra, lengths, strict=True):
         whole *= len({t % s for t in range(0, k, d) if p // 2 <= t <= k - 1 - p // 2 + o})  # never cropped
-        long = 1 if n is None else n  # without a length, what one more input adds
+        long = 1 if n is None else n  # without a length, count what one more input adds
         end = (long - 1) * s + k - p + o
         written *= len({t % s for t in range(0, k, d)} if n is None else _written(long, s, k, p, d, end))
         taken *= long
@@ -66,7 +67,7 @@ def _dilation(f: Facts) -> tuple[int, ...]:
 
 
 def _windows(axis: _Axis) -> tuple[int, int]:
-    """Number of windows and of positions; without a length, of a long input."""
+    """Number of windows and of positions; without a given length, those of a long input."""
     kernel, stride, padding, _, length = axis
     length = stride * (kernel + padding + 2) if length is None else length
     return max(0, (length + padding - kernel) // stride + 1), length
@@ -94,7 +95,7 @@ def _copies_all(axis: _Axis) -> bool:
 
 
 def _fewer(f: Facts, counts: list[tuple[int, int]]) -> bool:
-    """Whether fewer numbers come out than go in: at the lengths given, or else in the long run."""
+    """Whether the output has fewer numbers than the input, at the given lengths or else asymptotically."""
     if "length" in f:
         return f["out"] * math.prod(n for n, _ in counts) < f["in"] * math.prod(n for _, n in counts)
     volume = f["in"] * math.prod(f["stride"])

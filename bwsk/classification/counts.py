@@ -2,58 +2,40 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Protocol
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 
-class Judged(Protocol):
-    """An item of a census; `verdict` is "S", "K" or "GRAY"."""
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of S-type, K-type and GRAY items, and their shares (0 to 1, None where there is nothing to count)."""
 
-    @property
-    def verdict(self) -> str: ...
+    s: int
+    k: int
+    gray: int
 
-
-class Counts(ABC):
-    """Numbers and shares (0 to 1; None where there is nothing to count) over what `_judged` returns."""
-
-    @abstractmethod
-    def _judged(self) -> Sequence[Judged]:
-        """The items that count."""
-
-    def _count(self, verdict: str) -> int:
-        return sum(item.verdict == verdict for item in self._judged())
-
-    def _ratio(self, count: int) -> float | None:
-        return count / self.total if self.total else None
-
-    @property
-    def s(self) -> int:
-        return self._count("S")
-
-    @property
-    def k(self) -> int:
-        return self._count("K")
-
-    @property
-    def gray(self) -> int:
-        return self._count("GRAY")
+    @staticmethod
+    def of(verdicts: Iterable[str]) -> Counts:
+        """Count verdicts, each of them "S", "K" or "GRAY"."""
+        found = Counter(verdicts)
+        return Counts(found["S"], found["K"], found["GRAY"])
 
     @property
     def total(self) -> int:
-        return len(self._judged())
+        return self.s + self.k + self.gray
 
     @property
     def s_ratio(self) -> float | None:
-        return self._ratio(self.s)
+        return self.s / self.total if self.total else None
 
     @property
     def k_ratio(self) -> float | None:
-        return self._ratio(self.k)
+        return self.k / self.total if self.total else None
 
     @property
     def gray_ratio(self) -> float | None:
-        return self._ratio(self.gray)
+        return self.gray / self.total if self.total else None
 
     def totals(self) -> dict[str, float | None]:
         """All numbers and shares by name, ready for strict JSON."""

@@ -1,4 +1,4 @@
-"""The way of the data through a function: the operators that it dispatches, and which values each reads and makes."""
+"""Dataflow graph of a function: the ATen operators that it dispatches, with the values each one reads and writes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from bwsk.classification.operators import OpInfo, Role, identify_call, output_ro
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """One operator on the data's way: what it computes, its name, and the values that go in and come out, by number."""
+class OperatorCall:
+    """One node of the graph: what the operator computes, its name, and its input and output values, by number."""
 
     subject: OpInfo
     name: str
@@ -25,17 +25,20 @@ class Step:
 
     @property
     def sums(self) -> bool:
-        """Whether it adds two values, so that one of them is the sum less the other."""
+        """Whether it adds or subtracts two values, so that either follows from the result and the other."""
         return self.subject.kind == "merge" and self.name in ("aten::add", "aten::sub") and len(set(self.inputs)) == 2
 
     @property
-    def repeats(self) -> bool:
-        """Whether it gives the same outputs for the same inputs: nothing is drawn."""
+    def deterministic(self) -> bool:
+        """Whether the same inputs give the same outputs, because nothing is drawn at random."""
         return self.subject.kind not in ("dropout", "unknown") and not self.subject.facts.get("noise")
 
-    def told_by(self, known: set[int]) -> bool:
-        """Whether what it computes lies in the known values: all parts of a rearrangement, or the first of its outputs
-        (the others are statistics, its residue); of an operator that nobody knows, any."""
+    def output_in(self, known: set[int]) -> bool:
+        """Whether its result is among the known values.
+
+        Of a rearrangement that takes all parts, of other operators the first output (the rest are statistics, its
+        residue), and of an unknown operator any output.
+        """
         if self.subject.kind == "unknown":
             return not known.isdisjoint(self.outputs)
         whole = self.subject.kind in ("reshape", "sorting")
@@ -44,52 +47,52 @@ class Step:
 
 @dataclass(frozen=True)
 class Flow:
-    """The operators that a function runs on its input, value 0, in order, and the numbers of the values it returns.
+    """The operators that a function runs on its input, value 0, in order, and which values it returns.
 
-    `fewer`: it returns fewer numbers than it takes.
+    `fewer`: its output has fewer elements than its input.
     """
 
-    steps: tuple[Step, ...]
+    calls: tuple[OperatorCall, ...]
     returned: frozenset[int]
     fewer: bool
 
     @property
     def reads(self) -> bool:
-        """Whether any operator reads the input itself, and not its shape alone."""
-        return any(0 in step.inputs for step in self.steps)
+        """Whether any operator reads the input itself, and not only its shape."""
+        return any(0 in call.inputs for call in self.calls)
 
-    def kept(self, undone: Callable[[Step], bool]) -> tuple[bool, list[Step]]:
-        """Whether the input comes back from what is returned by undoing steps for which `undone` holds; and those.
+    def recovers(self, invertible: Callable[[OperatorCall], bool]) -> tuple[bool, list[OperatorCall]]:
+        """Whether the input can be recovered from the output by inverting `invertible` calls, and the calls inverted.
 
-        A sum gives back one part where the other is known, and what is known can be computed with: so a coupling
-        (a, b + f(a)) comes back whatever f is.
+        One part of a sum is recovered where the other is known, and known values can be computed with. So a coupling
+        (a, b + f(a)) is recovered whatever f is.
         """
         known, used = set(self.returned), []
         before = -1
         while len(known) > before:
             before = len(known)
-            for step in reversed(self.steps):
-                if step.told_by(known) and not known.issuperset(step.inputs) and undone(step):
-                    known.update(step.inputs)
-                    used.append(step)
-                elif step.sums and known.issuperset(step.outputs) and not known.isdisjoint(step.inputs):
-                    known.update(step.inputs)
-            for step in self.steps:
-                if step.inputs and known.issuperset(step.inputs) and step.repeats:
-                    known.update(step.outputs)
+            for call in reversed(self.calls):
+                if call.output_in(known) and not known.issuperset(call.inputs) and invertible(call):
+                    known.update(call.inputs)
+                    used.append(call)
+                elif call.sums and known.issuperset(call.outputs) and not known.isdisjoint(call.inputs):
+                    known.update(call.inputs)
+            for call in self.calls:
+                if call.inputs and known.issuperset(call.inputs) and call.deterministic:
+                    known.update(call.outputs)
         return 0 in known, used
 
 
 def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> Flow:
-    """Every operator on the data's way through `function(x)`.
+    """Every operator that data goes through in `function(x)`.
 
-    What writes into a tensor that others look into as well (a slice of a buffer) is "unknown": its readers change too.
-    ValueError if it takes a number out of the data, as what it does next may depend on it.
+    A write into a tensor whose storage other tensors share (a slice of a buffer) is "unknown", because it changes those
+    too. Raises ValueError if the function reads a number out of the data, on which its control flow may depend.
     """
-    steps: list[Step] = []
+    calls: list[OperatorCall] = []
     number: dict[int, int] = {id(x): 0}  # tensor -> value that it holds now
     roles: dict[int, Role] = {storage_key(x): Role.DATA}
-    alive: list[Any] = [x]  # a freed tensor's id, or a freed storage's address, would be used again
+    alive: list[Any] = [x]  # ids of freed tensors and addresses of freed storages are reused
     count = 0
 
     class DataflowRecorder(TorchDispatchMode):
@@ -114,12 +117,12 @@ def dispatched(function: Callable[[Tensor], Any], x: Tensor) -> Flow:
                     number.update((id(u), count) for u in others)
                 alive.append(t)
             if subject.kind not in ("constant", "random"):
-                steps.append(Step(subject, operator_name(func), data, tuple(number[id(t)] for t in outs)))
+                calls.append(OperatorCall(subject, operator_name(func), data, tuple(number[id(t)] for t in outs)))
             return out
 
     with torch.no_grad(), DataflowRecorder():
         out = function(x)
     tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-    told = {id(t): t for t in tensors if id(t) in number}
-    fewer = sum(t.numel() for t in told.values()) < x.numel()
-    return Flow(tuple(steps), frozenset(number[i] for i in told), fewer)
+    returned = {id(t): t for t in tensors if id(t) in number}
+    fewer = sum(t.numel() for t in returned.values()) < x.numel()
+    return Flow(tuple(calls), frozenset(number[i] for i in returned), fewer)

@@ -1,18 +1,18 @@
 """Dynamic erasure: how much the K-type operations really erased on one batch.
 
-A rule says that a ReLU erases; how much depends on the numbers that go through it. `ErasureMeter.measure(batch)` runs
-one forward pass as training runs it (dropout on) and reports for every kind of erasing operation
+A rule says that a ReLU erases; how much depends on its input. `ErasureMeter.measure(batch)` runs one forward pass as
+training runs it (dropout on) and reports for every kind of erasing operation
 
 - **zeroed**: the share of elements that it replaced by zero,
 - **bits kept**: the share of the input's bits that the output still determines (n elements of b bits, z zeroed):
-  dropout (n - z)b; ReLU (n - z)b + z, as a zero still tells the sign; GELU and SiLU nb - (negative inputs), one bit of
+  dropout (n - z)b; ReLU (n - z)b + z, as a zero still gives the sign; GELU and SiLU nb - (negative inputs), one bit of
   branch each, and nothing of what underflowed to zero; pooling: outputs / inputs; softmax: all but one number per row
   and what underflowed. It is a count of representable bits, not an entropy of the activations.
 - **entropy** of attention rows, H = -sum p log2 p in bits, beside the entropy of equal weights on the visible keys.
-  Fused attention does not expose p: it is computed again from the queries, keys and mask that went in.
+  Fused attention does not expose p, so it is recomputed from the queries, keys and mask.
 
-The pass changes nothing that training sees: no gradients, random states forked, buffers and modes put back, no autocast
-cache. Hooks exist only while it runs.
+The pass changes nothing that training sees: no gradients are computed, random states are forked, buffers and modes are
+restored, and autocast caches nothing. Hooks exist only while it runs.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from bwsk._compat import inside_compiled
 from bwsk.classification.identify import identify, leaves
 
 _MEASURED = frozenset({"relu", "gelu", "silu", "dropout", "softmax", "pooling"})
-_SCORES = 1 << 22  # attention scores computed again per call, at most; beyond, evenly spaced query rows are taken
+_SCORES = 1 << 22  # attention scores recomputed per call at most; of larger ones, evenly spaced query rows
 
 
 @dataclass
 class _Tally:
-    """Sums over all operations of one kind. What needs a look at the data stays on its device until the end."""
+    """Sums over all operations of one kind. Values computed from the data stay on its device until the end."""
 
     operations: int = 0
     elements: int = 0
@@ -54,11 +54,11 @@ class _Tally:
 
 
 class ErasureMeter:
-    """Measures erasure in a model; make one per run and call `measure` as often as wanted."""
+    """Measures erasure in a model; create one per run and call `measure` as often as needed."""
 
     def __init__(self, model: nn.Module) -> None:
         """Finds the measurable leaves by what they compute; the model may be on any real device."""
-        self.model = inside_compiled(model) or model  # compiled code runs no hooks: take the module inside
+        self.model = inside_compiled(model) or model  # compiled code runs no hooks, so take the module inside
         cache: dict[Any, Any] = {}
         found = [(module, identify(module, cache)) for _, module in leaves(self.model)]
         self._leaves = [
@@ -95,7 +95,7 @@ class ErasureMeter:
             self._inside += 1
             x = args[0] if args else next(iter(kwargs.values()))
             seen = _unmasked(x) if kind == "softmax" else (x == 0).sum() if kind == "dropout" else None
-            module._bwsk_before = (x.numel(), seen)
+            module.__dict__["_bwsk_before"] = (x.numel(), seen)
             if kind in ("relu", "gelu", "silu"):
                 self.activation(kind, x)  # before it runs: it may run in place
 
@@ -113,7 +113,7 @@ class ErasureMeter:
                 self.attention(out, seen)
             elif kind == "pooling":
                 tally = self._tally("pooling", elements, out)
-                kept = min(out.numel(), elements)  # an adaptive one may give out more than it takes
+                kept = min(out.numel(), elements)  # adaptive pooling may have more outputs than inputs
                 tally.kept.append(torch.tensor(float(kept * _bits(out)), device=out.device))
 
         return hook
@@ -160,14 +160,14 @@ class ErasureMeter:
         tally.elements += p.numel()
         tally.bits += p.numel() * _bits(p)
         tally.zeroed.append(gone.sum())
-        # One number per row is lost, and whatever underflowed; masked scores are known beforehand, so they are kept.
+        # One number per row is lost, and whatever underflowed; masked scores are known beforehand and count as kept.
         tally.kept.append(((p.numel() - gone.sum()) - rows).clamp(min=0) * float(_bits(p)))
         tally.entropy.append(torch.special.entr(weights).sum() / math.log(2))
         tally.uniform.append(seen.clamp(min=1).log2().sum())
 
 
 class _Functions(TorchFunctionMode):
-    """Sees the calls that are no modules: functional dropout, activations, softmax and fused attention."""
+    """Intercepts calls outside of modules: functional dropout, activations, softmax and fused attention."""
 
     def __init__(self, meter: ErasureMeter) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ def _summary(tally: _Tally) -> dict[str, Any]:
         result["rows"] = tally.rows
         result["entropy_bits"] = total(tally.entropy) / tally.rows
         result["entropy_bits_uniform"] = total(tally.uniform) / tally.rows
-        # The mask drawn inside a fused kernel cannot be seen: its rate is told, its zeros are counted nowhere.
+        # The mask drawn inside a fused kernel cannot be seen: its rate is reported, but its zeros are not counted.
         result["fused_dropout_rate"] = max(tally.unseen) if tally.unseen else None
     return result
 

@@ -1,17 +1,17 @@
 """What a leaf module computes: its kind and the facts that rules ask about.
 
-Three ways, in this order, so that a verdict never hangs on what a class is called:
+It is determined in three ways, in this order, so that a verdict never depends on the name of a class:
 
 1. **type**: torch's own layers, as long as `forward` is not overridden;
 2. **behaviour**: the module runs on a few numbers, with small random stand-ins for its parameters, and the outcome is
    compared with what defines a kind: element-wise or not, monotone or not, a row over its scale (RMS norm), less its
-   mean too (layer norm), exponentials of a row over their sum (softmax), a code of its own for each place (rotary,
+   mean too (layer norm), exponentials of a row over their sum (softmax), a distinct code for each position (rotary,
    sinusoidal and learned positions) or a row for each index (embedding), one activation out of two (merge);
 3. **operations**: what it dispatches. One linear map, convolution or table look-up with nothing but arithmetic on known
-   numbers around it is of that kind; otherwise its operators and the way of the data through them are its facts
-   ("composite", or "routing" if one of them chooses), and which of those erase is for rules to say.
+   numbers around it is of that kind. Otherwise its dataflow graph is its fact ("composite", or "routing" if one of the
+   operators chooses), and the rules decide which of those operators erase.
 
-What answers to none of these is "unknown", which every rule set calls GRAY. The last two are `probe`'s, and done once
+A module that none of these recognises is "unknown", which every rule set calls GRAY. `probe` does the last two, once
 per class, shape and settings.
 """
 
@@ -41,9 +41,9 @@ from bwsk.classification.stand_in import probe_key
 
 
 def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every leaf that computes: no children, and a forward of its own (an empty list has none).
+    """Name and module of every leaf that computes: it has no children and defines a forward (an empty list does not).
 
-    What computes a layer's weight (a weight norm, say) is part of that layer.
+    A module that computes a layer's weight (a weight norm, say) is part of that layer.
     """
     for name, module in model.named_modules():
         inner = {child for child, _ in module.named_children()} - {"parametrizations"}
@@ -75,7 +75,7 @@ def _pooling(module: Any) -> OpInfo:
 
 
 def _keeps(kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
-    """Whether as many windows as elements come out."""
+    """Whether there are as many windows as elements."""
     n = max(map(len, (kernel, stride, padding)))
     kernel, padding = (v * n if len(v) == 1 else v for v in (kernel, padding))
     return set(stride) == {1} and all(2 * p >= k - 1 for k, p in zip(kernel, padding, strict=True))
@@ -159,8 +159,8 @@ _TYPES: tuple[tuple[type[nn.Module], Callable[[Any], OpInfo]], ...] = (
 
 def _by_type(module: nn.Module) -> OpInfo | None:
     # GPT-2's transposed linear.
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
-        return OpInfo("linear", {"in": int(module.nx), "out": int(module.nf)})
+    if type(module).__name__ == "Conv1D" and (nx := getattr(module, "nx", 0)) and (nf := getattr(module, "nf", 0)):
+        return OpInfo("linear", {"in": int(nx), "out": int(nf)})
     for cls, facts in _TYPES:
         if isinstance(module, cls):
             # The library class in the module's ancestry that really defines the forward that runs.

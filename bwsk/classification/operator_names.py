@@ -46,7 +46,7 @@ NAMED = {
     "silu": "silu",
     "tanh": "tanh",
     "sigmoid": "sigmoid",
-    "nan_to_num": "identity",  # on numbers
+    "nan_to_num": "identity",  # on finite numbers
     "embedding": "embedding",
     "sort": "sorting",
     "topk": "routing",
@@ -71,14 +71,16 @@ NAMED = {
 }
 ARITHMETIC = _names("add sub rsub subtract mul multiply div divide true_divide lerp addcmul addcdiv")
 PAIRWISE = _names("maximum minimum max min fmax fmin pow atan2 fmod remainder floor_divide hypot logaddexp bitwise_xor")
-UNDONE = _names("logaddexp bitwise_xor")  # of these, undone with a known second operand; pow and atan2: not known
+UNDONE = _names(
+    "logaddexp bitwise_xor"
+)  # those inverted with a known second operand; pow and atan2 depend on its values
 REDUCE = _names(
     "sum nansum mean amax amin aminmax max min prod var std var_mean std_mean logsumexp norm linalg_vector_norm "
     "any all count_nonzero median mode trace _local_scalar_dense item equal is_nonzero cumprod cummax cummin"
 )
-OF_ONE = _names("sum mean amax amin max min prod logsumexp")  # of these, the same element again for a single one
+OF_ONE = _names("sum mean amax amin max min prod logsumexp")  # those that return a single element unchanged
 TO_PYTHON = _names("_local_scalar_dense item equal is_nonzero")
-LOOKUP = _names("index_select index gather take take_along_dim")  # rows of a table that is no activation
+LOOKUP = _names("index_select index gather take take_along_dim")  # rows of a table that is not an activation
 COMPARE = _names(
     "eq ne lt gt le ge isnan isinf isfinite logical_and logical_or logical_xor bitwise_and bitwise_or __and__ "
     "__or__ isin bucketize searchsorted is_same_size"

@@ -1,8 +1,8 @@
-"""What a dispatched operator computes: from `aten` name, shapes and the role of its inputs to a kind with facts.
+"""What a dispatched operator computes: its kind and facts, from its `aten` name, shapes and the role of its inputs.
 
-The role of each input matters as much as the name: an addition of a bias keeps its input, an addition of two
-activations merges them. Roles are *data* (depends on what the model is fed), *noise* (drawn at random) and *fixed*
-(parameters, constants, and all that is computed from those alone). Operators without a data input erase nothing.
+The role of each input matters as much as the name: adding a bias preserves the input, adding two activations merges
+them. Roles are *data* (depends on the model's input), *noise* (drawn at random) and *fixed* (parameters, constants, and
+whatever is computed from those alone). Operators without a data input erase nothing.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class OpInfo:
-    """What an operation computes: its kind, the facts that rules ask about, and how that was found out."""
+    """What an operation computes: its kind, the facts that rules test, and how that was determined.
+
+    `found_by` is "type", "behaviour", "operations" or "none" for a module (see `identify`), or an operator's name.
+    """
 
     kind: str
     facts: Facts = field(default_factory=dict)
-    how: str = "type"
+    found_by: str = "type"
 
 
 class Role(IntEnum):
@@ -42,7 +45,7 @@ class Role(IntEnum):
 def identify_call(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, role: Callable[[Tensor], Role]
 ) -> OpInfo:
-    """Kind and facts of one operator call; `role` tells where a tensor's values come from."""
+    """Kind and facts of one operator call; `role` says where a tensor's values come from."""
     name = packet_name(func)
     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     roles = [role(t) for t in inputs]
@@ -330,7 +333,7 @@ class Operator:
         return out if self.pick is None else out[self.pick]
 
     def subject(self, *inputs: Tensor) -> OpInfo:
-        """Its kind, with `inputs` as data and all else fixed; how it was found is the operator's name."""
+        """Its kind, with `inputs` as data and all else fixed; `found_by` is the operator's name."""
         data = {id(t) for t in inputs}
         args = self._arguments(inputs)
         out = self.func(*args, **self.kwargs)

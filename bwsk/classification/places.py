@@ -1,4 +1,4 @@
-"""Positions and embeddings by behaviour: a code of its own for each place, a row for each index (for `probe`)."""
+"""Recognise positions and embeddings by behaviour: a distinct code per position, or a row per index (for `probe`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bwsk._compat import tree_leaves
-from bwsk.classification.dataflow import dispatched
+from bwsk.classification.dataflow import Flow, dispatched
 from bwsk.classification.operators import OpInfo
 from bwsk.classification.stand_in import Probe, is_real
 
@@ -17,14 +17,14 @@ _PLACES = 5
 
 
 def position(probe: Probe) -> OpInfo | None:
-    """A code of its own for each place, with no activation in it: rotary, sinusoidal and learned positions."""
+    """A distinct code for each position that no activation enters: rotary, sinusoidal and learned positions."""
     for given in _places(probe):
         try:
             codes, again = _codes(probe(*given)), _codes(probe(*given))
-            reads = is_real(given[0]) and dispatched(lambda _, given=given: probe(*given), given[0]).reads
+            reads = is_real(given[0]) and flow_of(probe, given, given[0]).reads
         except Exception:
             continue
-        if codes is None or again is None or not torch.equal(codes, again) or reads:  # drawn, or made of data
+        if codes is None or again is None or not torch.equal(codes, again) or reads:  # random, or computed from data
             continue
         views = (codes.flatten(0, -2), *((codes.flatten(1).T,) if codes.dim() > 2 else ()))
         for rows in views:  # the code lies in the last dimension or, of an image, in the first
@@ -33,10 +33,15 @@ def position(probe: Probe) -> OpInfo | None:
     return None
 
 
-def _places(probe: Probe) -> Iterator[tuple[Any, ...]]:
-    """What position modules are fed: activations, a mask, a shape or a length, none of which tells the places apart.
+def flow_of(probe: Probe, inputs: tuple[Any, ...], data: Tensor) -> Flow:
+    """Dataflow of `probe(*inputs)`, with `data` as the value that is followed."""
+    return dispatched(lambda _: probe(*inputs), data)
 
-    Or the positions themselves beside an activation, with the type of the layer where the module knows several.
+
+def _places(probe: Probe) -> Iterator[tuple[Any, ...]]:
+    """Inputs of position modules: activations, a mask, a shape or a length, which are alike for all positions.
+
+    Or the positions themselves beside an activation, with a layer type where the module has several.
     """
     where = torch.arange(_PLACES).reshape(1, _PLACES)
     padding = getattr(probe.module, "padding_idx", None)
@@ -60,7 +65,7 @@ def _places(probe: Probe) -> Iterator[tuple[Any, ...]]:
 
 
 def _codes(out: Any) -> Tensor | None:
-    """The floating point tensors of an output, side by side and without a batch of one; None if they hold no rows."""
+    """The floating point tensors of an output, concatenated and without a batch of one; None if they have no rows."""
     tensors = [torch.view_as_real(t).flatten(-2) if t.is_complex() else t for t in tree_leaves(out) if is_real(t)]
     if not tensors or any(t.shape[:-1] != tensors[0].shape[:-1] for t in tensors):
         return None
@@ -71,7 +76,7 @@ def _codes(out: Any) -> Tensor | None:
 
 
 def lookup(probe: Probe) -> OpInfo | None:
-    """A row for each index, the same wherever it stands and no other index's; numbers that are no index are refused."""
+    """A distinct row for each index, whatever its position in the input; inputs that are not indices are refused."""
     count = max((len(t) for t in probe.state.values() if t.dim() == 2), default=_PLACES)
     index = torch.randperm(count).reshape(1, count)
     rows = probe(index)

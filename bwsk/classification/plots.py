@@ -1,7 +1,8 @@
 """Figures of the classification: the S/K map of a network by depth, and what crosses its barriers.
 
-matplotlib is imported when a figure is drawn. S is green, K is vermilion, GRAY is grey (distinguishable with the common
-colour-vision deficiencies; letters say the same).
+matplotlib is imported when a figure is drawn. Figures have a canvas of their own, so the caller's backend and settings
+stay as they are. S is green, K is vermilion, GRAY is grey (distinguishable with the common colour-vision deficiencies,
+and marked by letters as well).
 """
 
 from __future__ import annotations
@@ -13,20 +14,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bwsk.errors import BwskError
+from bwsk.units import MIB
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from bwsk.classification.barriers import BarrierAnalysis
     from bwsk.classification.census import Census
     from bwsk.classification.trace import Trace
 
 COLOURS = {"S": "#009E73", "K": "#D55E00", "GRAY": "#999999"}  # Okabe and Ito's palette
 _KINDS = 12  # rows beyond these are drawn as "other"
-_LEAST = 0.25  # share of a cell that its number needs to be read
+_LEAST = 0.25  # smallest share of a cell, so that its number stays legible
+_FORMATS: dict[str, dict[str, Any]] = {
+    ".svg": {"Date": None},
+    ".pdf": {"CreationDate": None},
+    ".png": {"Software": None},
+}
+# The same figure has the same bytes, and its text stays text: small and searchable.
+_STYLE: dict[Any, Any] = {"svg.hashsalt": "bwsk", "svg.fonttype": "none"}
 
 
 def draw_module_map(censuses: Mapping[str, Census], path: Path) -> None:
     """S/K map: one panel per rule set, a column per block of the network, a row per kind, cells counting S and K."""
-    plt = _pyplot()
     first = next(iter(censuses.values()))
     blocks = list(dict.fromkeys(block_of(row.name) for row in first.rows))
     if not blocks:
@@ -34,10 +45,9 @@ def draw_module_map(censuses: Mapping[str, Census], path: Path) -> None:
     common = [kind for kind, _ in Counter(row.kind for row in first.rows).most_common()]
     kinds = common[:_KINDS] + (["other"] if len(common) > _KINDS else [])
     width = max(6.0, 1.6 + 0.46 * len(blocks))
-    figure, panels = plt.subplots(
-        len(censuses), 1, figsize=(width, len(censuses) * (0.9 + 0.36 * len(kinds)) + 0.9), sharex=True, squeeze=False
-    )
-    for panel, census in zip(panels[:, 0], censuses.values(), strict=True):
+    figure = _figure(width, len(censuses) * (0.9 + 0.36 * len(kinds)) + 0.9)
+    panels: list[Axes] = list(figure.subplots(len(censuses), 1, sharex=True, squeeze=False)[:, 0])
+    for panel, census in zip(panels, censuses.values(), strict=True):
         cells: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         for row in census.rows:
             cells[block_of(row.name), row.kind if row.kind in kinds else "other"][row.verdict] += 1
@@ -50,7 +60,7 @@ def draw_module_map(censuses: Mapping[str, Census], path: Path) -> None:
         panel.tick_params(length=0)
         for side in panel.spines.values():
             side.set_visible(False)
-    panels[-1, 0].set_xticks(range(len(blocks)), blocks, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+    panels[-1].set_xticks(range(len(blocks)), blocks, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
     figure.suptitle(f"{first.model}, leaf modules by depth ({first.mode})", fontsize=10, x=0.01, ha="left")
     _save(figure, path)
 
@@ -61,7 +71,7 @@ def _caption(census: Census) -> str:
     return f"{census.s} S / {census.k} K{gray} of {census.total}{share}"
 
 
-def _cell(panel: Any, x: int, y: int, counts: Counter[str]) -> None:
+def _cell(panel: Axes, x: int, y: int, counts: Counter[str]) -> None:
     shares = {verdict: max(count / counts.total(), _LEAST) for verdict, count in counts.items() if count}
     left = x - 0.45
     for verdict, colour in COLOURS.items():
@@ -85,10 +95,10 @@ def block_of(name: str) -> str:
 
 def draw_barriers(trace: Trace, calm: BarrierAnalysis, path: Path) -> None:
     """What crosses each level of barriers, and how many S and K operations each level holds."""
-    plt = _pyplot()
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True, height_ratios=(2, 1))
+    figure = _figure(8, 4.6)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     levels = range(len(calm.crossing_bytes))
-    above.step(levels, [b / 2**20 for b in calm.crossing_bytes], where="mid", color="#0072B2", linewidth=1.2)
+    above.step(levels, [b / MIB for b in calm.crossing_bytes], where="mid", color="#0072B2", linewidth=1.2)
     above.set_yscale("log")
     above.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     above.set_ylabel("crossing, MiB", fontsize=8)
@@ -116,29 +126,25 @@ def draw_barriers(trace: Trace, calm: BarrierAnalysis, path: Path) -> None:
     _save(figure, path)
 
 
-def _pyplot() -> Any:
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches."""
     try:
-        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError:
         raise BwskError("figures need matplotlib, which is not installed; install it or leave --figure out") from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "bwsk"  # the same figure has the same bytes
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: small and searchable
-    import matplotlib.pyplot as plt
-
-    return plt
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
+def _save(figure: Figure, path: Path) -> None:
+    from matplotlib import rc_context
 
-    formats = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-    if path.suffix not in formats:
-        plt.close(figure)
-        raise BwskError(f"{path}: not a figure format; name a file that ends in {', '.join(formats)}")
-    figure.tight_layout()
     from bwsk.files import atomic_path
 
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=130, metadata=formats[path.suffix])
-    plt.close(figure)
+    if path.suffix not in _FORMATS:
+        raise BwskError(f"{path}: not a figure format; name a file that ends in {', '.join(_FORMATS)}")
+    with rc_context(_STYLE), atomic_path(path) as temporary:
+        figure.tight_layout()
+        figure.savefig(temporary, format=path.suffix[1:], dpi=130, metadata=_FORMATS[path.suffix])

@@ -1,4 +1,4 @@
-"""Tell what a leaf module computes by running it on a few numbers (ways 2 and 3 of `kinds`).
+"""Determine what a leaf module computes by running it on a few numbers (ways 2 and 3 of `identify`).
 
 Probing works on meta-device modules and leaves the module and the global random state untouched.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,25 @@ from torch.nn import functional as F
 from bwsk._compat import tree_leaves
 from bwsk.classification.dataflow import Flow, dispatched
 from bwsk.classification.operators import OpInfo
-from bwsk.classification.places import lookup, position
+from bwsk.classification.places import flow_of, lookup, position
 from bwsk.classification.stand_in import Probe, is_real, narrow
 from bwsk.classification.witness import fixed_draws
 
-_ELEMENTS = 1 << 23  # stand-in parameters of more elements than this are not made
-_DERIVATIVES = 1024  # of inputs of more elements none are taken
+_ELEMENTS = 1 << 23  # modules with more elements in their parameters get no stand-in parameters
+_DERIVATIVES = 1024  # derivatives are taken of inputs with at most this many elements
+
+_Found = TypeVar("_Found")
 
 
 def by_probe(module: nn.Module) -> OpInfo:
     """Kind and facts of a module by its behaviour, or else by the operators that it dispatches."""
-    # The grid of numbers is fixed; what is drawn comes from a private copy of the generator.
+    # The grid of numbers is fixed; random draws come from a private copy of the generator.
     with torch.no_grad(), fixed_draws():
         shapes = Probe(module, meta=True)
         runs = narrow(module) if isinstance(module, nn.Embedding) else module
         fits = sum(t.numel() for t in [*runs.parameters(), *runs.buffers()]) <= _ELEMENTS
         small = Probe(runs) if fits else None
-        single = Probe(runs, dtype=torch.float32) if fits else None  # some cast their input to what their weight was
+        single = Probe(runs, dtype=torch.float32) if fits else None  # some cast their input to their weight's dtype
         tests = [(_elementwise, small), (position, small), (lookup, small), (_merge, small), (_merge, single)]
         tests += [(_row_function, small), (_row_function, single)]
         tests += [(_table, shapes), (_operations, shapes), (_operations, small)]
@@ -43,10 +45,10 @@ def by_probe(module: nn.Module) -> OpInfo:
         return OpInfo("unknown", {"class": type(module).__name__}, "none")
 
 
-def _attempt(test: Callable[[Probe], OpInfo | None], probe: Probe) -> OpInfo | None:
+def _attempt(test: Callable[[Probe], _Found | None], probe: Probe) -> _Found | None:
     try:
         return test(probe)
-    except Exception:  # the probe's inputs were not what this module takes: then it is not of this kind
+    except Exception:  # a module that does not take the probe's inputs is not of this kind
         return None
 
 
@@ -98,9 +100,9 @@ def _elementwise(probe: Probe) -> OpInfo | None:
 
 
 def _clamps(probe: Probe) -> bool:
-    """Whether a plateau far out is meant (a clamp runs) and is not what rounding makes of a tanh or an exponential."""
-    steps = dispatched(probe, _GRID.reshape(1, -1).clone()).steps
-    return any(step.subject.kind == "erasing_elementwise" for step in steps)
+    """Whether a plateau at large inputs is real (a clamp runs), and not the rounding of a tanh or an exponential."""
+    calls = dispatched(probe, _GRID.reshape(1, -1).clone()).calls
+    return any(call.subject.kind == "erasing_elementwise" for call in calls)
 
 
 def _random_zeroing(probe: Probe) -> OpInfo | None:
@@ -114,7 +116,7 @@ def _random_zeroing(probe: Probe) -> OpInfo | None:
 
 
 def _merge(probe: Probe) -> OpInfo | None:
-    """One activation out of two, as a norm with a gate: all that it needs not be given, it might be."""
+    """One activation computed from two, as in a norm with a gate, also where the second is optional."""
     for width in probe.widths or [8]:
         for shape in ((2, 5, width), (2, width, 5)):
             x, gate, other = torch.randn(3, *shape, dtype=probe.dtype)
@@ -130,7 +132,7 @@ def _merge(probe: Probe) -> OpInfo | None:
 
 
 def _row_function(probe: Probe) -> OpInfo | None:
-    """Norms and softmax: functions of rows that are what defines them."""
+    """Norms and softmax, which are functions of rows with a defining property."""
     shapes = [(s, w) for w in probe.widths or [8] for s in ((3, w), (2, 5, w), (2, w, 3, 3), (2, w, 5))]
     for shape, width in shapes + [(s, s[-2] * s[-1]) for s in _planes(probe)]:
         x = torch.randn(shape, dtype=probe.dtype)
@@ -157,9 +159,8 @@ def _norm(probe: Probe, x: Tensor, y: Tensor, width: int) -> OpInfo | None:
     if not torch.allclose(scaled, y, rtol=1e-4, atol=1e-4 * float(y.abs().max())) or torch.equal(y, 30 * x):
         return None
     bias = probe(torch.zeros_like(x)).double()
-    axes = [axis for axis in (-1, 1) if x.shape[axis] == width] or [
-        None
-    ]  # None: the last two, heads and their features
+    # None: the last two axes, heads and their features.
+    axes: list[int | None] = [axis for axis in (-1, 1) if x.shape[axis] == width] or [None]
     for axis in axes if width > 1 else ():
         rows, out = ((t if axis is None else t.movedim(axis, -1)).reshape(-1, width).double() for t in (x, y - bias))
         for size in [n for n in range(width, 2, -1) if width % n == 0 and (n == width or axis != 1)] or [2]:
@@ -173,7 +174,7 @@ def _norm(probe: Probe, x: Tensor, y: Tensor, width: int) -> OpInfo | None:
 
 
 def _apart(probe: Probe, x: Tensor, y: Tensor, parts: Tensor) -> bool:
-    """Whether the scale of each part of a row is its own: it undoes a factor of that part."""
+    """Whether each part of a row has a scale of its own, which cancels a factor of that part."""
     factors = torch.rand_like(parts[..., :1]) + 0.5
     scaled = probe((30 * parts * factors).reshape(x.shape).to(x.dtype)).double()
     return torch.allclose(scaled, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
@@ -200,7 +201,7 @@ _CORES = frozenset({
 
 
 def _table(probe: Probe) -> OpInfo | None:
-    """A table of positions or of words with a forward of its own: fed indices, a shape, or nothing at all."""
+    """A table of positions or of words with its own forward, called with indices, a shape, or nothing at all."""
     inputs: list[tuple[Any, ...]] = [()]
     if isinstance(probe.module, nn.Embedding):
         rows = min(5, probe.module.num_embeddings)
@@ -208,10 +209,10 @@ def _table(probe: Probe) -> OpInfo | None:
     for given in inputs:
         x = given[0] if given and isinstance(given[0], Tensor) else torch.zeros(1, device="meta")
         try:
-            flow = dispatched(lambda _, given=given: probe(*given), x)
+            flow = flow_of(probe, given, x)
         except Exception:
             continue
-        if not flow.steps:  # the shape is all that it looks at
+        if not flow.calls:  # it reads only the shape
             return OpInfo("position", {}, "operations")
         return _core(flow, x) or OpInfo("composite", {"flow": flow}, "operations")
     return None
@@ -225,26 +226,26 @@ def _operations(probe: Probe) -> OpInfo | None:
                 flow = dispatched(probe, x)
             except Exception:
                 continue
-            if flow.steps:
-                routes = any(step.subject.kind == "routing" for step in flow.steps)
+            if flow.calls:
+                routes = any(call.subject.kind == "routing" for call in flow.calls)
                 kind = "routing" if routes else "composite"
                 return _core(flow, x) or OpInfo(kind, {"flow": flow, "shape": shape}, "operations")
     return None
 
 
 def _with_rank(subject: OpInfo, probe: Probe | None) -> OpInfo:
-    """Also whether the outputs depend on fewer numbers than go in: the rank of the derivative at a random input."""
+    """Add whether the outputs depend on fewer numbers than the input has: the derivative's rank at a random input."""
     shape = (1, *subject.facts.get("shape", ())[1:])
-    if len(shape) == 4:  # images: small ones will do
+    if len(shape) == 4:  # for images, small ones suffice
         shape = (*shape[:2], 4, 4)
     deficient = None
     if probe and len(shape) > 1 and math.prod(shape) <= _DERIVATIVES:
         deficient = _attempt(lambda p: _deficient(p, torch.randn(shape, dtype=torch.float64)), probe)
-    return OpInfo(subject.kind, {"flow": subject.facts["flow"], "deficient": deficient}, subject.how)
+    return OpInfo(subject.kind, {"flow": subject.facts["flow"], "deficient": deficient}, subject.found_by)
 
 
 def _deficient(probe: Probe, x: Tensor) -> bool:
-    """Differences, not derivatives: they see what autograd does not."""
+    """By finite differences, which also cover operators that autograd does not differentiate."""
 
     def outputs(x: Tensor) -> Tensor:
         with fixed_draws():
@@ -259,16 +260,18 @@ def _deficient(probe: Probe, x: Tensor) -> bool:
 
 
 def _core(flow: Flow, x: Tensor) -> OpInfo | None:
-    """The one operation that is more than arithmetic with known numbers; arithmetic alone is a diagonal linear map."""
-    cores = [step.subject for step in flow.steps if step.subject.kind not in _ARITHMETIC]
-    if not flow.kept(lambda step: True)[0] or len(cores) > 1:
+    """The one operation beyond arithmetic with known numbers; arithmetic alone is a diagonal linear map."""
+    cores = [call.subject for call in flow.calls if call.subject.kind not in _ARITHMETIC]
+    if not flow.recovers(lambda call: True)[0] or len(cores) > 1:
         return None
-    if any(step.subject.facts.get("noise") for step in flow.steps):
+    if any(call.subject.facts.get("noise") for call in flow.calls):
         return None
-    if not cores and any(step.subject.kind == "elementwise_constant" for step in flow.steps):
+    if not cores and any(call.subject.kind == "elementwise_constant" for call in flow.calls):
         return OpInfo("linear", {"in": x.shape[-1], "out": x.shape[-1]}, "operations")
     if not cores or cores[0].kind not in _CORES:
         return None
-    of_probe = {"length", "size"} if cores[0].kind == "group_norm" else {"length"}  # sizes that are the probe's
+    of_probe = (
+        {"length", "size"} if cores[0].kind == "group_norm" else {"length"}
+    )  # sizes of the probe's input, not of the module
     facts = {key: value for key, value in cores[0].facts.items() if key not in of_probe}
     return OpInfo(cores[0].kind, facts, "operations")

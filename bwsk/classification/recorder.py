@@ -1,7 +1,7 @@
-"""The modes under which one training step runs so that every operator it dispatches is written down.
+"""Dispatch modes that record every operator of one training step.
 
-`Recorder` sees the forward pass: kind, module path, FLOPs and bytes of each operator, where its activations come from,
-and which storages autograd keeps for backward. `BackwardTotals` counts what backward dispatches.
+`Recorder` covers the forward pass: kind, module path, FLOPs and bytes of each operator, where its activations come
+from, and which storages autograd saves for backward. `BackwardTotals` counts the operators of the backward pass.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Operation:
     kind: str
     verdict: str
     strict: str
-    published: str | None  # None: the publication does not speak about this kind
+    published: str | None  # None: the publication does not mention this kind
     residue: str | None
     reason: str
     module: str
@@ -117,7 +117,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down every operator of the forward pass, and follows where activations come from."""
+    """Records every operator of the forward pass, and follows where activations come from."""
 
     def __init__(self, rules: RuleSet) -> None:
         super().__init__()
@@ -125,20 +125,20 @@ class Recorder(TorchDispatchMode):
         self.rows: list[dict[str, Any]] = []
         self.path: list[str] = []
         self.made_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.storage_role: dict[int, Role] = {}  # whatever looks into a storage sees what was written into it
-        self.alive: list[Any] = []  # storages: the address of a freed one would be used again (they hold no bytes)
+        self.storage_role: dict[int, Role] = {}  # all tensors on a storage see what is written into it
+        self.alive: list[Any] = []  # storages (without bytes): the address of a freed one is reused
         self.writer: dict[int, int] = {}  # storage -> operation that wrote it last
         self.birth: dict[int, int] = {}  # storage -> operation that allocated it
-        self.kept: dict[int, set[int]] = {}  # operation -> storages already counted as saved
+        self.saved: dict[int, set[int]] = {}  # operation -> storages already counted as saved
 
     def start(self, inputs: list[Tensor]) -> None:
-        """The batch is data; parameters, buffers and whatever else turns up unseen are fixed."""
+        """Mark the batch as data; parameters, buffers and all other tensors are fixed."""
         for t in inputs:
             self.storage_role[storage_key(t)] = Role.DATA
 
     @contextmanager
     def paths(self, model: nn.Module) -> Iterator[None]:
-        """Keep the path of the module that is running."""
+        """Track the path of the module that is running."""
 
         def enter(name: str) -> Callable[..., None]:
             return lambda module, args: self.path.append(name)
@@ -157,14 +157,14 @@ class Recorder(TorchDispatchMode):
                 handle.remove()
 
     def saving(self) -> Any:
-        """Count the storages that autograd keeps."""
+        """Count the storages that autograd saves for backward."""
 
         def pack(t: Tensor) -> Tensor:
             key = storage_key(t)
-            if key in self.birth:  # parameters and the batch were born nowhere
+            if key in self.birth:  # not parameters or the batch, which no operation allocated
                 born = self.birth[key]
-                if key not in self.kept.setdefault(born, set()):
-                    self.kept[born].add(key)
+                if key not in self.saved.setdefault(born, set()):
+                    self.saved[born].add(key)
                     self.rows[born]["saved_bytes"] += t.untyped_storage().nbytes()
             return t
 
@@ -175,7 +175,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if operator_name(func).startswith("prim::"):  # a question about a tensor, such as its device
+        if operator_name(func).startswith("prim::"):  # a query about a tensor, such as its device
             return func(*args, **kwargs)
         inputs = _tensors((args, kwargs))
         roles = [self._role(t) for t in inputs]
@@ -207,12 +207,12 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _sources(self, inputs: list[Tensor], roles: list[Role]) -> list[tuple[int, int]]:
-        """Operations that the data inputs come from, with their bytes; what comes from the batch has none."""
+        """Operations that the data inputs come from, with their bytes; the batch itself has no source."""
         found: dict[int, int] = {}
         for t, role in zip(inputs, roles, strict=True):
             if role is Role.FIXED:
                 continue
-            # The later of the two: a tensor that was made before its storage was written depends on the writing.
+            # The later of the two: a tensor made before a write into its storage depends on that write.
             made = max(self.made_by.get(t, -1), self.writer.get(storage_key(t), -1))
             if made >= 0:
                 found[made] = max(found.get(made, 0), t.nbytes)
@@ -239,7 +239,7 @@ class Recorder(TorchDispatchMode):
                 self.made_by[t] = index
 
     def finish(self) -> tuple[Operation, ...]:
-        """The operations with their verdicts. Decided here, where no mode is active: rules run their witnesses."""
+        """The operations with their verdicts. Called when no mode is active, because rules run their witnesses."""
         decided: dict[Any, dict[str, Any]] = {}
         operations = []
         for row in self.rows:
@@ -252,7 +252,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _verdicts(rules: RuleSet, subject: OpInfo, operator: str) -> dict[str, Any]:
-    """What the chosen rules say, or else the strict ones, beside what both built-in sets say."""
+    """The verdict of the chosen rules, or else of the strict ones, and those of both built-in sets."""
     strict, published = (rule_set(name).decide(subject, operator) for name in ("strict", "published"))
     rule = rules.decide(subject, operator) or strict
     return {

@@ -1,15 +1,15 @@
 """Census of operations: what a real training step dispatches, operator by operator, without weights or a GPU.
 
 One forward and one backward pass run on fake tensors (shapes and dtypes without storage). For every operator that the
-forward dispatches: kind and verdict, module path, FLOPs, bytes moved, and how much of its output backward keeps.
-Counts and shares are over operators that activations go through; building masks and transposing weights is listed but
-erases no data and is not counted.
+forward pass dispatches, the trace has its kind and verdict, module path, FLOPs, bytes moved, and how much of its output
+is saved for the backward pass. Counts and shares are over the operators that activations go through. Others, such as
+building masks and transposing weights, are listed but erase no data and are not counted.
 
 - FLOPs: matrix products, convolutions and attention by formula (2 per multiply-add); a reduction one per input element,
   views and copies none, everything else one per output element.
 - bytes: tensors read plus tensors written; views move none.
-- saved bytes: storages that autograd keeps for backward, each once, at the operator that produced it; parameters and
-  the batch itself are no activations and not counted.
+- saved bytes: storages that autograd saves for backward, each once, at the operator that produced it; parameters and
+  the batch itself are not activations and are not counted.
 
 On a machine without CUDA the operators are those of the CPU, except dropout, which is dispatched as CUDA does
 (`native_dropout`, a mask of one byte per element); fused attention and the autocast lists of the CPU differ in detail.
@@ -21,7 +21,8 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,9 +35,9 @@ from bwsk.classification.rules.rule import RuleSet
 from bwsk.classification.rules.sets import rule_set
 from bwsk.errors import BwskError
 from bwsk.example_batch import example_batch, loss_of
-from bwsk.units import dtype_of, short_precision
+from bwsk.units import Precision, dtype_of, short_precision
 
-# Of images, for configs that do not tell theirs (ResNet takes any).
+# Image size for configs that do not name one (ResNet takes any).
 _IMAGE_SIZE = 224
 
 
@@ -50,19 +51,15 @@ class Trace(Counts):
     operations: tuple[Operation, ...]
     backward: dict[str, Any] | None
     parameter_bytes: int
-    _memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def data(self) -> list[Operation]:
-        """The operations that activations go through."""
-        return self._memo.setdefault("data", [op for op in self.operations if op.on_data])
-
-    def _judged(self) -> list[Operation]:
-        return self.data
+        """The operations that activations go through; the counts are over these."""
+        return [op for op in self.operations if op.on_data]
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes of activations that backward keeps."""
+        """Bytes of activations that are saved for backward."""
         return sum(op.saved_bytes for op in self.operations)
 
     def by_operator(self) -> list[dict[str, Any]]:
@@ -116,14 +113,14 @@ def trace(
     `model` is a module, a config, a Hub id, a directory or a `config.json`. Text models are fed `batch` sequences of
     `input_length` tokens (decoders of encoder-decoder models `target_length`), image models `batch` images of their
     config's size; `inputs` replaces all of that. `autocast` is None, "bf16" or "fp16". Under "published" rules,
-    kinds that the publication does not speak about keep their strict verdict. Raises `BwskError` for a model that
-    cannot be built, fed or traced without values.
+    kinds that the publication does not mention keep their strict verdict. Raises `BwskError` for a model that cannot be
+    built, fed or traced without values.
     """
     from bwsk.architecture import load
 
-    autocast = short_precision(autocast)
-    if autocast not in (None, "bf16", "fp16"):
-        raise BwskError(f"autocast {autocast!r}: not known; choose from bf16, fp16 or leave it out")
+    precision: Precision | None = short_precision(autocast)
+    if precision not in (None, "bf16", "fp16"):
+        raise BwskError(f"autocast {precision!r}: not known; choose from bf16, fp16 or leave it out")
     for label, size in (("batch", batch), ("input length", input_length), ("target length", target_length)):
         if size < 1:
             raise BwskError(f"{label} {size}: must be at least 1")
@@ -131,8 +128,8 @@ def trace(
     built, name = load(model, revision=revision, attn_implementation=attn_implementation)
     if not isinstance(model, nn.Module):
         built.train(training)
-        if hasattr(built, "set_experts_implementation"):
-            built.set_experts_implementation("batched_mm")  # runs without values and in any precision
+        if (set_experts := getattr(built, "set_experts_implementation", None)) is not None:
+            set_experts("batched_mm")  # runs without values and in any precision
     device = "cuda" if torch.cuda.is_available() else "cpu"
     feed = (
         dict(inputs)
@@ -141,7 +138,7 @@ def trace(
     )
     recorder = Recorder(chosen)
     try:
-        backward, parameter_bytes = _step(built, feed, recorder, device, autocast)
+        backward, parameter_bytes = _step(built, feed, recorder, device, precision)
     except BwskError:
         raise
     except Exception as error:  # anything a model's forward may raise on tensors without values
@@ -152,16 +149,25 @@ def trace(
     setting = {
         "mode": "training" if built.training else "eval",
         "device": device,
-        "autocast": autocast,
+        "autocast": precision,
         "inputs": {key: list(value.shape) for key, value in feed.items() if isinstance(value, Tensor)},
         "attention": attention_kind(getattr(model, "config", None), None),
         "experts": experts_kind(getattr(model, "config", None), None),
     }
-    return Trace(name, chosen.name, setting, recorder.finish(), backward, parameter_bytes)
+    operations = recorder.finish()
+    return Trace(
+        **vars(Counts.of(op.verdict for op in operations if op.on_data)),
+        model=name,
+        rules=chosen.name,
+        setting=setting,
+        operations=operations,
+        backward=backward,
+        parameter_bytes=parameter_bytes,
+    )
 
 
 def _step(
-    model: nn.Module, feed: Mapping[str, Any], recorder: Recorder, device: str, autocast: str | None
+    model: nn.Module, feed: Mapping[str, Any], recorder: Recorder, device: str, autocast: Precision | None
 ) -> tuple[dict[str, Any] | None, int]:
     """Forward and backward under the recorder; totals of backward, and the parameters' bytes."""
     from bwsk._compat import FakeTensorMode
@@ -172,7 +178,7 @@ def _step(
 
     lower = torch.autocast(device, dtype_of(autocast)) if autocast else nullcontext()
     with ExitStack() as stack:
-        log = fake_tensor_log()  # what fails is told in one line, not here
+        log = fake_tensor_log()  # a failure is reported by our one-line error, not here
         stack.callback(log.setLevel, log.level)
         log.setLevel(logging.CRITICAL)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

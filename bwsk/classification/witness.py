@@ -4,9 +4,9 @@ A *case* is one concrete operation (a small real module, or one operator call) w
 
 - **inverse** (evidence for S): `invert(f, f(x), r) = x`, bit-exactly or within a stated bound of 1 % at most, where the
   residue `r = keep(f, x)` has no more than the declared size and the state of a generator is the same whatever `x` is.
-  Parameters of `f` are known; only `x` is to be got back, which is drawn and no constant.
-- **collision** (evidence for K): inputs `a != b` with `f(a) = f(b)`, bit for bit. The two must differ by at least
-  0.1 somewhere and stay below 32 in size, in double precision, so that erasure is told from mere rounding.
+  The parameters of `f` are known. Only `x` is to be recovered, which is drawn at random and not constant.
+- **collision** (evidence for K): inputs `a != b` with bit-identical `f(a) = f(b)`. The two must differ by at least
+  0.1 somewhere and stay below 32 in size, in double precision, which distinguishes erasure from mere rounding.
   A case marked `saturates` shows a collision that float32 alone makes (a tanh at its plateau).
 
 Checks draw from their own generators and never touch the global random state.
@@ -34,7 +34,7 @@ class Verdict(StrEnum):
 
 
 class Residue(StrEnum):
-    """What must be kept beside the output to get the input back; from ROW on it is counted in elements."""
+    """What must be saved beside the output to recover the input; from ROW on it is counted in elements."""
 
     NOTHING = "nothing"
     RNG = "an RNG state"
@@ -49,7 +49,7 @@ class Residue(StrEnum):
 
 
 class WitnessError(AssertionError):
-    """A witness that does not show what it is there to show; the message says in which way."""
+    """A witness that does not prove its verdict; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class WitnessCase:
     """One concrete operation and the evidence about it.
 
     `make(generator)` builds the operation; `sample(generator)` an input, `pair(operation, generator)` two colliding
-    ones. `keep(operation, x)` is the residue and `invert(operation, y, residue)` the input again, with error at most
-    `bound` times the largest element (0: bit-exact). A K case with a residue smaller than everything needs both.
+    ones. `keep(operation, *x)` is the residue and `invert(operation, y, residue)` recovers the input, with an error of
+    at most `bound` times the largest element (0: bit-exact). A K case whose residue is not EVERYTHING needs both.
     """
 
     name: str
     make: Callable[[torch.Generator], Any]
     sample: Callable[[torch.Generator], Any] | None = None
     invert: Callable[[Any, Any, Any], Any] | None = None
-    keep: Callable[[Any, Any], Any] | None = None
+    keep: Callable[..., Any] | None = None
     pair: Callable[[Any, torch.Generator], tuple[Any, Any]] | None = None
     residue: Residue = Residue.NOTHING
     bound: float = 0.0
@@ -78,7 +78,7 @@ class WitnessCase:
 
     @cache  # noqa: B019 - cases are few, frozen and live as long as the process
     def check(self, seed: int = 0) -> None:
-        """Run the evidence; raises `WitnessError` when it does not hold. What has held is not run twice."""
+        """Run the evidence; raises `WitnessError` if it does not hold. A check that has passed is not run twice."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad(), fixed_draws():
             operation = self.make(generator)
@@ -96,7 +96,7 @@ class WitnessCase:
         gap = max(float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True))
         size = max(float(x.double().abs().max()) for x in a + b)
         if not self.saturates:
-            if not (gap >= 0.1 and size <= 32):  # which not-a-number is not either
+            if not (gap >= 0.1 and size <= 32):  # written so that NaN fails too
                 raise WitnessError(f"{self.name}: inputs {gap:g} apart and up to {size:g} in size prove rounding only")
             if any(x.is_floating_point() and x.dtype != torch.float64 for x in a + b):
                 raise WitnessError(f"{self.name}: collides in less than double precision")
@@ -116,25 +116,26 @@ class WitnessCase:
         if not self.bound <= 0.01:
             raise WitnessError(f"{self.name}: a bound of {self.bound:g} proves nothing; 0.01 at most")
         if self.residue is Residue.RNG:
+            assert self.keep is not None  # else its residue would have been empty
             if not all(map(torch.equal, _tensors(kept), _tensors(self.keep(operation, *other)))):
                 raise WitnessError(f"{self.name}: its RNG state depends on the input")
         elif x and all(map(torch.equal, x, other)):
-            raise WitnessError(f"{self.name}: its sample is always the same, so that an inverse may know it by heart")
+            raise WitnessError(f"{self.name}: its sample is always the same, so an inverse may know it by heart")
         y = run(operation, *x)
         back = _tensors(self.invert(operation, y[0] if len(y) == 1 else y, kept))
         for t, u in zip(x, back, strict=True):
             if t.shape != u.shape:
-                raise WitnessError(f"{self.name}: shape {tuple(u.shape)} came back for {tuple(t.shape)}")
+                raise WitnessError(f"{self.name}: recovered shape {tuple(u.shape)} for {tuple(t.shape)}")
             limit = self.bound * float(t.double().abs().max())
             error = float((t.double() - u.double()).abs().max())
             if not error <= limit:
-                raise WitnessError(f"{self.name}: input comes back with error {error:g}, bound {limit:g}")
+                raise WitnessError(f"{self.name}: input recovered with error {error:g}, bound {limit:g}")
 
 
 @contextmanager
 def fixed_draws(seed: int = 7) -> Iterator[None]:
     """Inside, torch's CPU generator starts from `seed`; afterwards it is where it was. Devices are not touched."""
-    generator = torch.default_generator  # torch.manual_seed would reach for every accelerator, which costs milliseconds
+    generator = torch.default_generator  # torch.manual_seed would also seed every accelerator, which costs milliseconds
     state = generator.get_state()
     try:
         generator.manual_seed(seed)
@@ -154,7 +155,7 @@ def _tensors(value: Any) -> tuple[Tensor, ...]:
 
 
 def _check_size(name: str, residue: Residue, kept: Any, x: tuple[Tensor, ...]) -> None:
-    """The residue that an inverse uses has the declared size: this is what stops an 'inverse' that keeps its input."""
+    """Check that the residue has the declared size, so that an 'inverse' cannot simply save its input."""
     tensors = () if kept is None else _tensors(kept)
     elements = sum(t.numel() for t in x)
     rows = sum(max(1, t.numel() // max(1, t.shape[-1] if t.dim() else 1)) for t in x)

@@ -9,6 +9,7 @@ import typer
 
 from bwsk.cli.app import MODELS, app
 from bwsk.cli.options import Batch, InputLength, JsonFile, Model, TargetLength
+from bwsk.units import MIB
 
 RULES = typer.Option("published", "--rules", help="Rule set: published or strict.")
 FIGURE = typer.Option(None, "--figure", metavar="FILE", help="Draw the S/K map by depth (.svg, .png or .pdf).")
@@ -167,7 +168,7 @@ def trace(
 
 
 def _mib(size: float) -> str:
-    return f"{size / 2**20:,.1f}"
+    return f"{size / MIB:,.1f}"
 
 
 def _print_trace(source: str, result: Any, calm: Any, cuts: Any) -> None:
@@ -200,7 +201,7 @@ def _print_trace(source: str, result: Any, calm: Any, cuts: Any) -> None:
 
     shown = table("", show_header=False)
     numbers(shown, "")
-    backward = result.backward or {}
+    backward, bound = result.backward or {}, calm.parallelism_bound["flops"]
     lines = [
         ("S / K / GRAY operations", f"{result.s} / {result.k} / {result.gray} of {result.total}"),
         ("S share by count, FLOPs, bytes", ", ".join(_percent(calm.s_share[w]) for w in ("count", "flops", "bytes"))),
@@ -209,7 +210,7 @@ def _print_trace(source: str, result: Any, calm: Any, cuts: Any) -> None:
         ("S-phases", f"{len(calm.phases)}"),
         ("barriers (of them pointwise)", f"{len(calm.barriers)} ({sum(b.pointwise for b in calm.barriers)})"),
         ("longest chain of barriers", f"{len(calm.chain)}"),
-        ("work / longest path by FLOPs", "-" if calm.width["flops"] is None else f"{calm.width['flops']:.2f}"),
+        ("work / longest path by FLOPs", "-" if bound is None else f"{bound:.2f}"),
         (
             f"{cuts.devices} devices: balance, cut MiB",
             f"{cuts.balance:.3f}, {_mib(sum(cuts.cut_bytes))}" if cuts.balance else "-",

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import T5Config
 
 from bwsk.classification.barriers import analyse, partition
+from bwsk.classification.counts import Counts
 from bwsk.classification.recorder import Operation
 from bwsk.classification.trace import Trace, trace
 from bwsk.errors import BwskError
@@ -27,7 +28,10 @@ def _graph(*nodes: tuple[str, list[int], int]) -> Trace:
                   0, tuple((u, 100) for u in inputs))
         for i, (v, inputs, flops) in enumerate(nodes)
     )  # fmt: skip
-    return Trace("graph", "strict", {}, operations, None, 0)
+    return Trace(
+        **vars(Counts.of(op.verdict for op in operations)),
+        model="graph", rules="strict", setting={}, operations=operations, backward=None, parameter_bytes=0,
+    )  # fmt: skip
 
 
 #          0S -> 1K -> 2S -> 5K(2,4)
@@ -68,13 +72,13 @@ def test_crossing_bytes_count_what_lives_across():
 def test_gray_is_a_barrier():
     gray = replace(DIAMOND.operations[3], verdict="GRAY")
     operations = tuple(gray if op.index == 3 else op for op in DIAMOND.operations)
-    calm = analyse(replace(DIAMOND, operations=operations, _memo={}))
+    calm = analyse(replace(DIAMOND, operations=operations))
     assert [b.index for b in calm.barriers] == [1, 3, 5]
 
 
-def test_width_is_work_over_the_longest_path():
+def test_the_parallelism_bound_is_work_over_the_longest_path():
     calm = analyse(DIAMOND)
-    assert calm.width["flops"] == 6 / 4
+    assert calm.parallelism_bound["flops"] == 6 / 4
     assert calm.s_share["count"] == 4 / 6
 
 

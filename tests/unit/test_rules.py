@@ -129,7 +129,7 @@ def _specimen(**changes):
 @pytest.mark.parametrize(
     ("case", "what"),
     [
-        (_specimen(invert=lambda f, y, k: y), "comes back with error"),
+        (_specimen(invert=lambda f, y, k: y), "recovered with error"),
         (_specimen(keep=lambda f, x: x, invert=lambda f, y, k: k), "residue"),
         (_specimen(keep=lambda f, x: x, invert=lambda f, y, k: k, residue=Residue.ROW), "residue"),
         (_specimen(keep=lambda f, x: x, invert=lambda f, y, k: k, residue=Residue.BIT), "residue"),
@@ -302,7 +302,7 @@ def test_upsampling_verdicts_agree_with_what_is_read(length, factor, mode):
     module = rule_set("strict").decide(identify(nn.Upsample(scale_factor=factor, mode=mode)))
     if module and module.verdict is Verdict.S:
         assert everything
-    steps = dispatched(lambda x: F.interpolate(x, scale_factor=factor, mode=mode), x).steps
+    steps = dispatched(lambda x: F.interpolate(x, scale_factor=factor, mode=mode), x).calls
     assert rule_set("strict").decide(steps[-1].subject).verdict == ("S" if everything else "K")
 
 
@@ -347,7 +347,7 @@ def test_no_two_inputs_meet_where_the_strict_rules_say_s(name, width, data):
     values = torch.tensor([-7.0, -4, -2, -1, -0.5, 0, 0.5, 1, 2, 4, torch.pi], dtype=torch.float64)
     rows = values[torch.randint(len(values), (400, width), generator=torch.Generator().manual_seed(1))].unique(dim=0)
     try:
-        step = dispatched(lambda x: packet(x, *arguments), rows).steps[-1]
+        step = dispatched(lambda x: packet(x, *arguments), rows).calls[-1]
         out = packet(rows, *arguments)
     except (RuntimeError, IndexError):
         return  # no such call

@@ -33,6 +33,8 @@ def _integer_kernel_pair(m: Any, g: Generator) -> tuple[Tensor, Tensor]:
 class _Rotary(nn.Module):
     """Position -> (cos, sin) of position x frequency, as rotary embeddings compute them (slowest period: 64)."""
 
+    inv_freq: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("inv_freq", 2 * torch.pi / torch.tensor([4.0, 16.0, 64.0], dtype=F64))
@@ -114,6 +116,14 @@ def _one_phase(m: Any, g: Generator) -> tuple[Tensor, Tensor]:
     return a, a + torch.tensor([[1.0], [-1.0]], dtype=F64)
 
 
+def _permuted_channels(m: Any, g: Generator) -> tuple[Tensor, Tensor]:
+    """With equal weights only the sum of the channels counts."""
+    m.weight.data = torch.ones_like(m.weight)
+    a = torch.tensor([1.0, 2, 3, 4], dtype=F64).reshape(1, 4, 1, 1)
+    b = torch.tensor([2.0, 1, 3, 4], dtype=F64).reshape(1, 4, 1, 1)
+    return a, b
+
+
 LINEAR = (
     preserves("linear 4->4", lambda: nn.Linear(4, 4), (5, 4), _solve),
     preserves("linear 4->8", lambda: nn.Linear(4, 8), (5, 4), _solve),
@@ -173,15 +183,7 @@ CONVOLUTION = (
         _deconvolve(4, 3, 3),
         bound=1e-6,
     ),
-    erases(
-        "transposed convolution 4->1",
-        lambda: nn.ConvTranspose2d(4, 1, 1),
-        lambda m, g: (
-            setattr(m.weight, "data", torch.ones_like(m.weight)),
-            torch.tensor([1.0, 2, 3, 4], dtype=F64).reshape(1, 4, 1, 1),
-            torch.tensor([2.0, 1, 3, 4], dtype=F64).reshape(1, 4, 1, 1),
-        )[1:],
-    ),
+    erases("transposed convolution 4->1", lambda: nn.ConvTranspose2d(4, 1, 1), _permuted_channels),
     erases("transposed convolution 2->1 of one phase", lambda: nn.ConvTranspose1d(2, 1, 2, 2, dilation=2), _one_phase),
     preserves(
         "transposed convolution with an even dilated kernel, length 4",
@@ -226,6 +228,8 @@ def _undo_group_norm(m: Any, y: Tensor, kept: Any) -> Tensor:
 
 def _eval_batch_norm() -> nn.Module:
     m = nn.BatchNorm2d(3).eval()
+    assert m.running_mean is not None
+    assert m.running_var is not None
     m.running_mean.uniform_(-1, 1)
     m.running_var.uniform_(0.5, 2)
     return m
@@ -262,7 +266,7 @@ def _rows(a: list[float], b: list[float]) -> Callable[[Any, Generator], tuple[Te
     return lambda m, g: (torch.tensor([a], dtype=F64), torch.tensor([b], dtype=F64))
 
 
-# Three elements are the least that a row can keep beside two scalars: the conditions' boundary on both sides.
+# Three elements are the fewest with which a row holds more than two scalars: cases on both sides of that boundary.
 NORMS = (
     _layer_norm(8),
     _layer_norm(3),

@@ -1,6 +1,6 @@
 """How cases are made: small real layers in double precision, with their evidence.
 
-Double precision, so that what fails to come back was erased and not rounded away. The cases themselves are in
+They use double precision, so that what is not recovered was erased and not rounded away. The cases themselves are in
 `layers` (linear maps, convolutions, norms), `functions` (activations, softmax, dropout, pooling)
 and `operators` (single operators). See `bwsk.classification.witness` for what counts as evidence.
 """
@@ -30,7 +30,7 @@ def _fill(module: nn.Module, g: Generator) -> nn.Module:
 
 
 def from_module(build: Callable[[], nn.Module]) -> Callable[[Generator], nn.Module]:
-    """What makes the module of `build`, in double precision with parameters drawn from the generator."""
+    """A maker of the module of `build`, in double precision with parameters drawn from the generator."""
 
     def make(g: Generator) -> nn.Module:
         with fixed_draws():  # torch's own initialisation draws from the global generator
@@ -40,7 +40,7 @@ def from_module(build: Callable[[], nn.Module]) -> Callable[[Generator], nn.Modu
 
 
 def normal(*shape: int) -> Callable[[Generator], Tensor]:
-    """What draws a standard normal input of `shape`."""
+    """A sampler of standard normal inputs of `shape`."""
     return lambda g: torch.randn(shape, generator=g, dtype=F64)
 
 

@@ -1,6 +1,6 @@
 """Cases of operator kinds: single `aten` calls, each with the evidence that it preserves or erases its data input.
 
-For operators with two inputs both are data: what must come back is the pair. See `bwsk.classification.witness`.
+For operators with two inputs both are data, and the pair must be recovered. See `bwsk.classification.witness`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,14 @@ def _back(name: str, operator: Operator, invert: Callable[[Any], Any], sample: A
 
 def _same(name: str, operator: Operator, a: Any, b: Any) -> WitnessCase:
     """Evidence for K: one output for the inputs a and b (numbers, or tuples of tensors' numbers)."""
-    many = isinstance(a, tuple)
-    pair = tuple(tuple(torch.tensor(t, dtype=F64) for t in p) if many else torch.tensor(p, dtype=F64) for p in (a, b))
+    pair = _data(a), _data(b)
     return WitnessCase(name, lambda g: operator, pair=lambda f, g: pair, residue=Residue.EVERYTHING)
+
+
+def _data(numbers: Any) -> Tensor | tuple[Tensor, ...]:
+    if isinstance(numbers, tuple):
+        return tuple(torch.tensor(part, dtype=F64) for part in numbers)
+    return torch.tensor(numbers, dtype=F64)
 
 
 def _widths() -> list[WitnessCase]:
@@ -53,7 +58,7 @@ def _noise() -> list[WitnessCase]:
 
     state = torch.Generator().manual_seed(7).get_state()
 
-    # The "input" of a draw is its generator's state: kept, it gives the same output again.
+    # The "input" of a draw is its generator's state, which gives the same output again if it is saved.
     def draw(kept: Tensor) -> Tensor:
         again = torch.Generator()
         again.set_state(kept)
@@ -87,7 +92,7 @@ def _noise() -> list[WitnessCase]:
 
 
 def _row_residue() -> list[WitnessCase]:
-    """x * s with a scalar s per row: from the product and s (the residue) both come back."""
+    """x * s with a scalar s per row: both are recovered from the product and s (the residue)."""
 
     def pairs(g: Generator) -> tuple[Tensor, Tensor]:
         return (torch.randn(3, 8, generator=g, dtype=F64), torch.rand(3, 1, generator=g, dtype=F64) + 0.5)
@@ -137,7 +142,7 @@ _WEIGHT = torch.linspace(-1, 1, 24, dtype=F64).sin().reshape(4, 6) + torch.eye(4
 _EQUAL_KEYS = ([[[1.0, 2], [3, 4]]], [[[0.0, 0], [0, 0]]], [[[5.0, 6], [7, 8]]])
 
 OPERATORS: tuple[WitnessCase, ...] = (
-    # No data goes in: there is nothing to give back, and the empty inverse does so.
+    # Without data as input there is nothing to recover, and the empty inverse does so.
     WitnessCase("no data", lambda g: Operator(aten.arange.default, 5), sample=lambda g: (), invert=lambda f, y, k: ()),
     # rearrangements: bit-exact
     _back("view", Operator(aten.view.default, [8, 3]), lambda y: y.reshape(3, 8)),

@@ -1,8 +1,8 @@
 """The published rules: the table of the publication (github.com/tzervas/ai-s-combinator), verdict by verdict.
 
-It is a table of opinions, so its rules need a witness only for *some* case they cover: the square linear layer stands
-for all of them. Where the evidence says otherwise in another case (`RuleSet.contradictions`), the strict rules differ.
-Kinds that the publication does not speak about have no rule here and come out GRAY in a census of modules.
+It is a table of opinions, so its rules need a witness only for *some* case that they cover: the square linear layer
+stands for all of them. Where the evidence contradicts it in another case (`RuleSet.contradictions`), the strict rules
+differ. Kinds that the publication does not mention have no rule here and are GRAY in a census of modules.
 """
 
 from __future__ import annotations

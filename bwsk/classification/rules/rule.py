@@ -1,20 +1,19 @@
 """Rules of the S/K classification, each tied to evidence.
 
 A rule says, for one *kind* of operation and under a condition on its facts (shape, stride, rank, training or eval),
-what the verdict is, what residue must be kept to get the input back, why, and which witnesses show it.
+what the verdict is, what residue must be saved to recover the input, why, and which witnesses prove it.
 
-The line between S and K: an operation is **S** when its input can be got back from its output and a residue that does
-not grow with the elements of a row (nothing, an RNG state, scalars per row), and **K** when there are different inputs
-with one output that only a residue per element tells apart. A rule whose witness does not show its verdict cannot be
-registered: `RuleSet.register` runs the witness and refuses. The built-in sets hold many more rules than a model needs,
-so they run a rule's witnesses when it first decides something: no verdict is ever given by a rule without evidence.
+An operation is **S** if its input can be recovered from its output and a residue that does not grow with the elements
+of a row (nothing, an RNG state, scalars per row). It is **K** if different inputs have the same output, and only a
+residue per element distinguishes them. A rule whose witness does not prove its verdict cannot be registered, because
+`RuleSet.register` runs the witness. The built-in sets hold many more rules than a model needs, so they run a rule's
+witnesses when it first decides something. No verdict is ever given by a rule without evidence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from bwsk.classification.operators import Facts, OpInfo
 from bwsk.classification.witness import Residue, Verdict, WitnessCase, WitnessError
 from bwsk.errors import BwskError
 
-# Every kind of operation that rules may speak about, in one line each.
+# Every kind of operation that rules can be about, in one line each.
 KINDS: dict[str, str] = {
     # what a module or an operator computes
     "linear": "y = Wx + b with fixed W",
@@ -55,7 +54,7 @@ KINDS: dict[str, str] = {
     "routing": "the top choices of each row",
     "composite": "a leaf that runs several operators",
     # what only operators do
-    "constant": "no activation goes in",
+    "constant": "no activation as input",
     "random": "output drawn from the random number generator",
     "elementwise_constant": "each element combined with a known number or parameter",
     "row_broadcast": "each row combined with a scalar of its own",
@@ -70,7 +69,7 @@ KINDS: dict[str, str] = {
     "comparison": "truth value per element",
     "masking": "elements replaced where a mask says so",
 }
-# Kinds in which no element of a tensor influences another one: under any sharding they need no communication.
+# Kinds in which no element of a tensor influences another one, so that they need no communication under any sharding.
 POINTWISE = frozenset({
     "identity", "reshape", "injective_elementwise", "erasing_elementwise", "relu", "gelu", "silu", "tanh", "sigmoid",
     "dropout", "elementwise_constant", "row_broadcast", "merge", "widening_cast", "narrowing_cast", "selection",
@@ -84,7 +83,7 @@ def always(facts: Facts) -> bool:
 
 @dataclass(frozen=True)
 class Rule:
-    """One verdict: on which kind, when, with which residue, why, says who, and by which witnesses.
+    """One verdict on a kind of operation: its residue, reason, source and witnesses, and the condition it holds under.
 
     `kind` is one of `KINDS` or the name of an operator such as "aten::mm". `condition` says in words what `when`
     tests on the facts. `witnesses` are cases; S needs an inverse, K a collision, GRAY one of each.
@@ -115,7 +114,7 @@ class RuleSet:
         self._proven: set[int] = set()  # ids of rules whose witnesses have held
 
     def register(self, rule: Rule, *, prove: bool = True) -> Rule:
-        """Check `rule`'s evidence and add it; raises `BwskError` when the kind is unknown or a witness fails.
+        """Check `rule`'s evidence and add it; raises `BwskError` if the kind is unknown or a witness fails.
 
         With `prove=False` the witnesses themselves run when the rule is first used, or in `prove`.
         """
@@ -141,14 +140,14 @@ class RuleSet:
             raise BwskError(f"rule {rule.name} = {rule.verdict} in {self.name!r}: {error}") from None
         except BwskError:
             raise
-        except Exception as error:  # evidence is code of whoever wrote the rule
+        except Exception as error:  # evidence is arbitrary code by the rule's author
             text = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise BwskError(
                 f"rule {rule.name} = {rule.verdict} in {self.name!r}: its evidence fails: {text}"
             ) from error
 
     def _fits(self, rule: Rule) -> None:
-        """The witnesses are of the type that the verdict needs, with its residue."""
+        """Check that the witnesses are of the type that the verdict needs, with its residue."""
         shown = {w.verdict for w in rule.witnesses}
         needed = {Verdict.S, Verdict.K} if rule.verdict is Verdict.GRAY else {rule.verdict}
         if shown != needed:
@@ -159,20 +158,20 @@ class RuleSet:
             raise WitnessError(f"a residue of '{rule.residue}' is not what {rule.verdict} means")
         for witness in rule.witnesses:
             if strict and witness.saturates:
-                raise WitnessError(f"{witness.name} shows rounding, which is no erasure")
+                raise WitnessError(f"{witness.name} shows rounding, which is not erasure")
             if witness.verdict is rule.verdict and witness.residue is not rule.residue:
                 raise WitnessError(f"{witness.name} shows a residue of '{witness.residue}', not '{rule.residue}'")
 
     def _prove(self, rule: Rule) -> None:
-        """The witnesses are of the rule's kind, within its condition, and hold when they run."""
-        self._proven.add(id(rule))  # at once: what a composite witness consists of may need this very rule
+        """Check that the witnesses are of the rule's kind, satisfy its condition, and hold when they run."""
+        self._proven.add(id(rule))  # at once, because an operator of a composite witness may need this very rule
         try:
             for witness in rule.witnesses:
                 subject = subject_of(witness)
-                if rule.kind not in (subject.kind, subject.how):
-                    raise WitnessError(f"{witness.name} is a case of {subject.kind}, by {subject.how}")
+                if rule.kind not in (subject.kind, subject.found_by):
+                    raise WitnessError(f"{witness.name} is a case of {subject.kind}, by {subject.found_by}")
                 if not self._applies(rule, subject.facts):
-                    raise WitnessError(f"{witness.name} lies outside of the condition '{rule.condition}'")
+                    raise WitnessError(f"{witness.name} is outside of the condition '{rule.condition}'")
                 witness.check()
         except BaseException:
             self._proven.discard(id(rule))
@@ -201,7 +200,7 @@ class RuleSet:
         return None
 
     def contradictions(self, cases: Iterable[WitnessCase]) -> list[str]:
-        """Cases whose evidence says other than this set does: none for a strict set, the disputes for published."""
+        """Cases whose evidence contradicts this set: none for a strict set, the disputed ones for the published set."""
         found = []
         for case in cases:
             if case.saturates:
@@ -218,7 +217,7 @@ class RuleSet:
                 )
         return found
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Rule]:
         return (rule for rules in self.rules.values() for rule in rules)
 
 
@@ -229,7 +228,12 @@ def subject_of(case: WitnessCase) -> OpInfo:
         operation = case.make(generator)
         if isinstance(operation, nn.Module):
             return identify(operation)
-        inputs = case.sample(generator) if case.sample else case.pair(operation, generator)[0]
+        if case.sample is not None:
+            inputs = case.sample(generator)
+        elif case.pair is not None:
+            inputs = case.pair(operation, generator)[0]
+        else:
+            raise WitnessError(f"{case.name}: has neither a sample nor a pair of inputs")
         return operation.subject(*((inputs,) if isinstance(inputs, torch.Tensor) else inputs))
 
 

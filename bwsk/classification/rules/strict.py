@@ -32,7 +32,7 @@ def keeps_dimensions(f: Facts) -> bool:
 
 
 def enough(f: Facts) -> bool:
-    """Rows of three elements or more: the least that can keep anything beside two scalars. A size not known is more."""
+    """Rows of at least three elements, the fewest that hold more than two scalars. Unknown sizes count as enough."""
     return f.get("size", 3) >= 3
 
 
@@ -402,23 +402,23 @@ def primitives() -> RuleSet:
 def composition(facts: Facts) -> dict[str, Any]:
     """What becomes of a composite's input, by the strict rules for its operators.
 
-    `kept`: it comes back from what is returned by undoing S operators, with `residue`. `lost`: it does not, even if all
-    operators that no rule decides could be undone, and fewer numbers come out, or the outputs depend on fewer (the rank
-    of the derivative, where it was taken, by more than two per row). `erasing` and `unknown` are the kinds that
-    stand in the way.
+    `recovered`: the input follows from the output by inverting S operators, with `residue`. `lost`: it does not follow
+    even if every operator without a rule could be inverted, and the output has fewer elements, or depends on fewer (by
+    the rank of the derivative, where that was measured, by more than two per row). `erasing` and `unknown` are the
+    kinds of operators that prevent recovery.
     """
     flow = facts["flow"]
     fewer = flow.fewer or bool(facts["deficient"])
-    rules = {step: primitives().decide(step.subject, step.name) for step in flow.steps}
-    verdicts = {step: rule.verdict if rule else GRAY for step, rule in rules.items()}
-    kept, used = flow.kept(lambda step: verdicts[step] is S)
-    residues = [rule.residue for step in used if (rule := rules[step])]
+    rules = {call: primitives().decide(call.subject, call.name) for call in flow.calls}
+    verdicts = {call: rule.verdict if rule else GRAY for call, rule in rules.items()}
+    recovered, used = flow.recovers(lambda call: verdicts[call] is S)
+    residues = [rule.residue for call in used if (rule := rules[call])]
     return {
-        "kept": kept,
-        "lost": fewer and not flow.kept(lambda step: verdicts[step] is not K)[0],
-        "residue": max(residues, key=list(Residue).index, default=NOTHING) if kept else None,
-        "erasing": sorted({step.subject.kind for step in flow.steps if verdicts[step] is K}),
-        "unknown": sorted({step.subject.kind for step in flow.steps if verdicts[step] is GRAY}),
+        "recovered": recovered,
+        "lost": fewer and not flow.recovers(lambda call: verdicts[call] is not K)[0],
+        "residue": max(residues, key=list(Residue).index, default=NOTHING) if recovered else None,
+        "erasing": sorted({call.subject.kind for call in flow.calls if verdicts[call] is K}),
+        "unknown": sorted({call.subject.kind for call in flow.calls if verdicts[call] is GRAY}),
     }
 
 
