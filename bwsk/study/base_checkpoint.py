@@ -1,7 +1,7 @@
 """The base checkpoint: a pretrained T5 from the Hub or a local directory, or a small one pretrained here.
 
 Only `config.json`, `generation_config.json` and `model.safetensors` are ever read: no code and no pickles of a model
-repository. Weights are stored as float32, whatever they were.
+repository. Weights are stored as float32, whatever their dtype was.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 INSTEAD = "set base.source: directory and base.path to a folder with config.json and model.safetensors"
 FILES = ["config.json", "generation_config.json", "model.safetensors"]
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
-# Keys of T5Config that describe the architecture; the rest follows from the tokenizer or is not a matter of choice.
+# Keys of T5Config that describe the architecture; all others follow from the tokenizer or are fixed.
 ARCHITECTURE = (
     "d_model",
     "d_kv",
@@ -47,7 +47,7 @@ def make_base_checkpoint(
     """Store the base model as a Hugging Face checkpoint in `out`, described in `out/base.json`, which is returned.
 
     `tokenizer` and `tokens` are what those steps stored; tokens are read only to pretrain, which runs on `device`.
-    BwskError on a model that cannot be had, read or trained, or that has fewer embeddings than the tokenizer has ids.
+    BwskError if a model cannot be loaded or trained, or has fewer embeddings than the tokenizer has ids.
     """
     curve: list[tuple[int, float]] | None = None
     match params.base:
@@ -77,7 +77,7 @@ def make_base_checkpoint(
 def load_checkpoint(path: Path, name: str) -> PreTrainedModel:
     """A T5 in float32 on the CPU, in eval mode, from a local directory; BwskError `{name}: …` if it is not one.
 
-    Every weight of the architecture must be there in its shape, finite, and no other.
+    The file must have exactly the architecture's weights, in the right shapes and finite.
     """
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
@@ -93,10 +93,11 @@ def load_checkpoint(path: Path, name: str) -> PreTrainedModel:
     if "auto_map" in values:
         raise BwskError(f"{config_file}: asks to run code of the repository (auto_map), which is never done; remove it")
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it has to report of the weights is said below, in one line
+    logging.set_verbosity_error()  # problems with the weights are reported below, in one line
     try:
         config = T5Config.from_dict(values)
-        model, report = T5ForConditionalGeneration.from_pretrained(
+        # A model and a report, but annotated as the model alone.
+        loaded: Any = T5ForConditionalGeneration.from_pretrained(
             path,
             config=config,
             dtype=torch.float32,
@@ -105,6 +106,7 @@ def load_checkpoint(path: Path, name: str) -> PreTrainedModel:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+        model, report = loaded
     # Hostile or damaged files fail in whatever part of the loader they reach.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -147,7 +149,7 @@ def check_files(path: Path, name: str) -> None:
     except (SafetensorError, OSError) as error:
         raise BwskError(f"{weights}: not a complete safetensors file ({error}); copy or save it again") from None
     for key, kind in kinds.items():
-        if kind not in _FLOATS:  # quantised: as float32 they would be other weights
+        if kind not in _FLOATS:  # quantised weights would change when read as float32
             raise BwskError(f"{weights}: {key} is {kind}, must be one of {', '.join(_FLOATS)}; save it as float32")
 
 
@@ -173,7 +175,7 @@ def _pretrain(
 
 
 def t5_config(architecture: dict[str, Any], tokenizer: Any) -> Any:
-    """T5Config of an architecture with the tokenizer's vocabulary; BwskError on keys or values that T5 has not."""
+    """T5Config of an architecture with the tokenizer's vocabulary; BwskError on keys or values unknown to T5."""
     from transformers import T5Config
 
     for key, value in architecture.items():
@@ -182,13 +184,13 @@ def t5_config(architecture: dict[str, Any], tokenizer: Any) -> Any:
         if not isinstance(value, str) and value < (0 if key == "dropout_rate" else 1e-12):
             raise BwskError(f"base.architecture.{key}: found {json.dumps(value)}, must be positive")
     try:
-        return T5Config(
-            **architecture,
-            vocab_size=vocabulary_size(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+        tokens = {
+            "vocab_size": vocabulary_size(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
             # T5 starts decoding with the padding token.
-            decoder_start_token_id=tokenizer.pad_token_id,
-        )
+            "decoder_start_token_id": tokenizer.pad_token_id,
+        }
+        return T5Config(**architecture, **tokens)
     except Exception as error:
         raise BwskError(f"base.architecture: not a T5 ({' '.join(str(error).split())[:300]})") from None

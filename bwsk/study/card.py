@@ -1,7 +1,7 @@
 """The model card: `results/README.md`, rendered from results.json by `workflow/templates/model_card.md.j2`.
 
 The YAML header is built as `ModelCardData`, so that the Hub understands it, and checked here without the Hub. Absent
-numbers are printed as a dash with a footnote that says why. They never reach the header.
+numbers are printed as a dash with a footnote that gives the reason. They never appear in the header.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def render(params: Params, results: dict[str, Any], template: Path = TEMPLATE) -
 
 
 def header(params: Params, results: dict[str, Any]) -> str:
-    """The card's YAML, without the dashes: what the Hub reads."""
+    """The card's YAML header as the Hub reads it, without the dashes around it."""
     from huggingface_hub import EvalResult, ModelCardData
 
     hub_corpus = params.corpus if isinstance(params.corpus, HubCorpus) else None
@@ -134,7 +134,7 @@ def header(params: Params, results: dict[str, Any]) -> str:
 
 
 def check_header(text: str, results: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Check a card's YAML as the Hub would, without it; returns the header. BwskError names the field.
+    """Check a card's YAML as the Hub would, but offline; returns the header. BwskError names the field.
 
     The header must parse, have the required fields, no null or NaN anywhere, only well-formed Hub ids, and a
     model-index that huggingface_hub reads back as one perplexity per variant, equal to that of results.json.
@@ -262,7 +262,7 @@ def _memory(figures: dict[str, Any]) -> str:
 
 
 def _own_value(claim: dict[str, Any]) -> str:
-    """The study's own value of a claim; a time with no more digits than its noise leaves it."""
+    """The study's own value of a claim; times have no more digits than their noise justifies."""
     if claim["topic"] == "time":
         return added_time(claim["ours"], claim["noise"])
     return _claim_value(claim["ours"], claim["unit"])

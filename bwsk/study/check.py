@@ -1,7 +1,7 @@
-"""Verify a finished model repository as a stranger would who has only the files: layout, loading, JSON, card, hashes.
+"""Verify a finished model repository from its files alone: layout, loading, JSON, card, hashes.
 
-Nothing is asked of the network and nothing that lies in the repository is executed. The first problem ends the check
-with one line; otherwise the list of what was looked at is the proof.
+It uses no network and executes nothing from the repository. The first problem ends the check with a one-line error;
+otherwise it returns the list of all checks that passed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bwsk.study.repository import CARD, PLOTS, RESULTS, TEMPLATE, repository_fil
 from bwsk.study.results import gather, read_results
 from bwsk.study.staleness import current_results, current_training, present
 
-# Written by version control into the folders of what it tracks; no part of the repository.
+# Written by version control into the folders that it tracks; not part of the repository.
 TOLERATED = frozenset({".gitignore"})
 _PROMPT = "The statement is executed and the value of the expression"
 _NEW_TOKENS = 12
@@ -28,7 +28,7 @@ _NEW_TOKENS = 12
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at and found good: what, in which file or folder, and what was found there."""
+    """One check that passed: what was checked, in which file or folder, and what was found there."""
 
     what: str
     where: str
@@ -46,7 +46,7 @@ def verify(params: Params, study: Path, template: Path = TEMPLATE) -> list[Check
 
 
 def documents(params: Params, study: Path, collected: dict[str, Any] | None, template: Path = TEMPLATE) -> list[Check]:
-    """The checks of results.json and the card alone: that they say what the study's files say, to the letter.
+    """The checks of results.json and the card alone: that they agree exactly with the study's files.
 
     `collected` is what `gather` returns; None in a pulled repository without build/.
     """
@@ -101,7 +101,7 @@ def _results(params: Params, study: Path, collected: dict[str, Any] | None) -> I
             raise BwskError(f"{path}: {key} is not what the study's files say; collect it again: bwsk results {study}")
         yield Check("agreement", str(path), "collected again from the study's files: the same")
         return
-    # The variants' own files are what there is to compare with.
+    # Compare with the variants' own files, which are all there is.
     for variant in params.variant_names:
         training = current_training(params, study, variant, None)
         figures, recorded = (flat(one) for one in (results["variants"][variant], training))
@@ -168,7 +168,7 @@ def _weights(path: Path) -> int:
 
 
 def _generate(root: Path, variant: str, parameters: int) -> str:
-    """Load a variant as the card tells users to, without the network, and let it write; what it wrote, shortened."""
+    """Load a variant as the card recommends, without the network, and return some generated text, shortened."""
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
@@ -188,7 +188,7 @@ def _generate(root: Path, variant: str, parameters: int) -> str:
                 root, use_safetensors=True, output_loading_info=True, **offline
             )
             tokenizer = AutoTokenizer.from_pretrained(root, **offline)
-    except Exception as error:  # transformers raises many kinds; a stranger sees only that it does not load
+    except Exception as error:  # transformers raises many kinds; to a user they all mean that it does not load
         raise BwskError(f"{folder}: does not load ({' '.join(str(error).split())[:160]})") from None
     finally:
         logging.set_verbosity(verbosity)
@@ -214,7 +214,7 @@ def _generate(root: Path, variant: str, parameters: int) -> str:
         )
     if written.shape[1] <= _NEW_TOKENS:
         raise BwskError(f"{folder}: wrote {written.shape[1] - 1} tokens where {_NEW_TOKENS} were asked for")
-    text = tokenizer.decode(written[0], skip_special_tokens=True).strip() or tokenizer.decode(written[0])
+    text = str(tokenizer.decode(written[0], skip_special_tokens=True)).strip() or str(tokenizer.decode(written[0]))
     return f"{_NEW_TOKENS} tokens: {' '.join(text.split())[:40]}"
 
 

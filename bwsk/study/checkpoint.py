@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: everything that decides its next bit, on disk so that no kill can damage it.
+"""Checkpoints of a training run: all state that an exact resume needs, stored so that no kill can damage it.
 
 A checkpoint is a folder `step-00000500/` with
 
@@ -8,10 +8,10 @@ A checkpoint is a folder `step-00000500/` with
     random.safetensors     states of the random generators of the CPU and of the run's GPU
     state.json             position, curves, gradient scaler; the sha256 of the files above and of itself
 
-It is written under a temporary name, flushed and renamed, so it is there whole or not at all; the last two are kept.
-Nothing in it is pickled. A damaged checkpoint is reported and the one before it is used. Checkpoints lie in a folder
-named by the run's identity (parameters, data, code, versions), so those of another run are never picked up: come back
-to its parameters, and it continues.
+It is written under a temporary name, flushed and renamed, so it is either complete or absent. The last two are kept.
+Nothing in it is pickled. A damaged checkpoint is reported and the one before it is used. Checkpoints are in a folder
+named by the run's identity (parameters, data, code, versions), so those of another run are never used. That run
+continues when its parameters are restored.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Checkpoints:
                 write_json(new / "state.json", {**content, "sha256": sha256_json(content)})
                 for file in new.iterdir():
                     _flush(file)
-                # What is taken away is renamed first: a folder that is half deleted must not look like a checkpoint.
+                # Rename before deleting: a half-deleted folder must not look like a checkpoint.
                 if target.exists():  # a damaged one of the same step
                     os.rename(target, partial / "replaced")
                 os.rename(new, target)
@@ -70,7 +70,7 @@ class Checkpoints:
         return target
 
     def load(self, device: torch.device) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-        """Tensors (on `device`, random states on the CPU) and state of the newest sound checkpoint; None if none is."""
+        """Tensors (on `device`, random states on the CPU) and state of the newest intact checkpoint, or None."""
         for path in self._steps():
             try:
                 return self._read(path, device)
@@ -87,7 +87,7 @@ class Checkpoints:
         """Remove this run's checkpoints: its results are complete."""
         if self.folder.is_dir():
             with partial_folder(self.folder.parent) as partial:
-                # Away first, then deleted: one that is half deleted must not look like a checkpoint.
+                # Rename before deleting: a half-deleted folder must not look like a checkpoint.
                 os.rename(self.folder, partial / "done")
 
     def _change(self, path: Path) -> str:
@@ -124,7 +124,7 @@ class Checkpoints:
 def random_states(device: torch.device = _CPU) -> dict[str, Tensor]:
     """States of torch's generators: the CPU's and that of the run's GPU. Nothing else draws during training.
 
-    Under a name without the GPU's number: a run may continue on another one of the same machine.
+    The name lacks the GPU's number, because a run may continue on another GPU of the same machine.
     """
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":

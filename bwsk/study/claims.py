@@ -1,15 +1,17 @@
 """The published claims, one object each, and the rule that judges a study's result against each of them.
 
-A claim that depends on an aspect in which the study is not the published one is `not comparable` (see
-`comparability`). So is a claim about time where the noise is larger than the tolerance: the modes conventional and
-bwsk-analyzed run the same step, so what they differ by is the noise of the machine. All other claims are decided by
-numbers that were fixed beforehand: `reproduced` within the tolerance, `exceeded` if better, else `not reproduced`.
+A claim is `not comparable` if it depends on an aspect in which the study differs from the published one (see
+`comparability`), or if it is about time and the noise is larger than the tolerance. The modes conventional and
+bwsk-analyzed run the same step, so the difference between them is the noise of the machine. All other claims are
+decided by tolerances that were fixed in advance: `reproduced` within the tolerance, `exceeded` if better, else `not
+reproduced`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from bwsk.study import publication
@@ -40,7 +42,7 @@ class Tolerance:
     def judge(self, published: float, ours: float) -> Outcome:
         """`reproduced` within the width, else `exceeded` on the better side, else `not reproduced`."""
         deviation = (ours - published) / published if self.relative else ours - published
-        # Rounding in this arithmetic must not decide a value at the very edge.
+        # Rounding must not decide the outcome of a value exactly at the tolerance.
         if abs(deviation) <= self.width * (1 + 1e-9):
             return "reproduced"
         if self.better is None:
@@ -57,7 +59,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Identical:
-    """Judges the spread of the modes: none at all is better than what was published."""
+    """Judges the spread of the modes, where no spread at all is better than the published one."""
 
     slack: float
 
@@ -106,7 +108,7 @@ def claims() -> list[Claim]:
 def judge(params: Params, results: Results) -> list[dict[str, Any]]:
     """Every claim with our value, its noise, the verdict, and rule and reason in words; `results` needs no claims yet.
 
-    The JSON calls the outcome `verdict`.
+    In the JSON the outcome is called `verdict`.
     """
     differing = differences(params, results)
     return [_judged(claim, params, results, differing) for claim in claims()]
@@ -159,7 +161,7 @@ def _classification() -> Iterator[Claim]:
             made=f"{count} of {publication.LEAF_MODULES} leaf modules of T5-small",
             rule=Tolerance(0.05, relative=False),
             needs=MODEL,
-            measure=lambda results, key=f"{kind}_ratio": 100 * results["census"][key],
+            measure=partial(_module_share, key=f"{kind}_ratio"),
         )
     yield Claim(
         id="parameters",
@@ -191,7 +193,7 @@ def _perplexities() -> Iterator[Claim]:
                 # The published modes, which should not differ, lie 0.1 % apart after fine-tuning, 2.1 % from scratch.
                 rule=Tolerance(0.01 if init == "finetune" else 0.05, relative=True, better="lower"),
                 needs=QUALITY,
-                measure=lambda results, name=name, split=split: _perplexity(results, name, split),
+                measure=partial(_perplexity, variant=name, split=split),
             )
 
 
@@ -209,7 +211,7 @@ def _memory() -> Iterator[Claim]:
             made=f"{_ONE_RUN}; {leaky}",
             rule=Tolerance(1.0, relative=False, better="higher"),
             needs=QUALITY,
-            measure=lambda results, init=init: _percent(_saving(results, init)),
+            measure=partial(_saving, init=init),
         )
         honest = 1 - (reversible.peak_memory_mb - _LEAK) / (conventional.peak_memory_mb - _LEAK)
         yield Claim(
@@ -222,7 +224,7 @@ def _memory() -> Iterator[Claim]:
             made=f"published peaks less {_LEAK:.1f} MiB each; the framework's benchmark without the leak agrees",
             rule=Tolerance(1.0, relative=False, better="higher"),
             needs=QUALITY,
-            measure=lambda results, init=init: _percent(_saving(results, init)),
+            measure=partial(_saving, init=init),
         )
         yield Claim(
             id=f"peak-memory-reversible-{init}",
@@ -234,7 +236,7 @@ def _memory() -> Iterator[Claim]:
             made=f"{_ONE_RUN}; {leaky} ({_LEAK:.1f} MiB)",
             rule=Tolerance(0.02, relative=True, better="lower"),
             needs=QUALITY,
-            measure=lambda results, init=init: _figure(results, f"{init}-bwsk-reversible", "peak_memory_mb"),
+            measure=partial(_figure, variant=f"{init}-bwsk-reversible", key="peak_memory_mb"),
         )
 
 
@@ -251,8 +253,8 @@ def _time() -> Iterator[Claim]:
             made=f"{_ONE_RUN}; steps and validations together, early stops not accounted for",
             rule=Tolerance(2.0, relative=False, better="lower"),
             needs=QUALITY,
-            measure=lambda results, init=init: _percent(_overhead(results, init, "wall_time_s")),
-            noise=lambda results: _percent(_noise(results, _wall_time_of_a_step)),
+            measure=partial(_overhead, init=init, key="wall_time_s"),
+            noise=partial(_noise, time=_wall_time_of_a_step),
         )
         steps = publication.STEPS_ONLY_S
         yield Claim(
@@ -265,8 +267,8 @@ def _time() -> Iterator[Claim]:
             made="300 steps on an RTX 5080, no validation",
             rule=Tolerance(2.0, relative=False, better="lower"),
             needs=QUALITY,
-            measure=lambda results, init=init: _percent(_overhead(results, init, "step_time_ms")),
-            noise=lambda results: _percent(_noise(results, lambda figures: figures["step_time_ms"])),
+            measure=partial(_overhead, init=init, key="step_time_ms"),
+            noise=partial(_noise, time=lambda figures: figures["step_time_ms"]),
         )
 
 
@@ -283,7 +285,7 @@ def _comparisons() -> Iterator[Claim]:
             made=f"{_ONE_RUN} per mode, so the spread is mostly noise",
             rule=Identical(slack=0.5),
             needs=QUALITY,
-            measure=lambda results, init=init: _percent(_spread(results, init)),
+            measure=partial(_spread, init=init),
         )
     scratch, finetune = (publication.VARIANTS[f"{init}-conventional"].test_metric for init in ("scratch", "finetune"))
     yield Claim(
@@ -304,6 +306,11 @@ _PAIR = ("conventional", "bwsk-reversible")
 _SAME_STEP = ("conventional", "bwsk-analyzed")
 
 
+def _module_share(results: Results, key: str) -> float:
+    """A share of the census in per cent."""
+    return 100 * results["census"][key]
+
+
 def _perplexity(results: Results, variant: str, split: str) -> float | None:
     if variant not in results["variants"]:
         return None
@@ -315,19 +322,21 @@ def _figure(results: Results, variant: str, key: str) -> float | None:
 
 
 def _saving(results: Results, init: str) -> float | None:
-    return results["memory_saving"].get(init, {}).get("measured")
+    """Share of the measured peak memory that the reversible mode saves, in per cent."""
+    return _percent(results["memory_saving"].get(init, {}).get("measured"))
 
 
 def _overhead(results: Results, init: str, key: str) -> float | None:
+    """What the reversible mode adds to a time, in per cent."""
     conventional, reversible = (_figure(results, f"{init}-{mode}", key) for mode in _PAIR)
-    return None if not conventional or reversible is None else reversible / conventional - 1
+    return None if not conventional or reversible is None else 100 * (reversible / conventional - 1)
 
 
 def _noise(results: Results, time: Callable[[dict[str, Any]], float]) -> float | None:
-    """Largest share by which the two modes that run the same step differ in `time`, over the initialisations.
+    """Largest difference in `time`, in per cent, between the two modes that run the same step.
 
-    A step costs the same from either initialisation, so each pair measures the same noise; the larger one counts,
-    because a pair may be close by chance. None if there is no such pair.
+    A step costs the same from either initialisation, so each initialisation's pair measures the same noise. The larger
+    difference counts, because a pair may be close by chance. None if there is no such pair.
     """
     found = []
     for init in _TABLE:
@@ -335,7 +344,7 @@ def _noise(results: Results, time: Callable[[dict[str, Any]], float]) -> float |
         times = [time(figures) for figures in pair if figures]
         if len(times) == len(pair) and min(times) > 0:
             found.append(max(times) / min(times) - 1)
-    return max(found, default=None)
+    return _percent(max(found, default=None))
 
 
 def _wall_time_of_a_step(figures: dict[str, Any]) -> float:
@@ -344,10 +353,10 @@ def _wall_time_of_a_step(figures: dict[str, Any]) -> float:
 
 
 def _spread(results: Results, init: str) -> float | None:
-    """Largest over smallest test perplexity of the modes, less one; None unless all three modes are there."""
+    """How far the largest test perplexity of the modes exceeds the smallest, in per cent; None if a mode is missing."""
     names = [name for name in publication.VARIANTS if name.startswith(init)]
     values = [value for name in names if (value := _perplexity(results, name, "test")) is not None]
-    return max(values) / min(values) - 1 if len(values) == len(names) else None
+    return 100 * (max(values) / min(values) - 1) if len(values) == len(names) else None
 
 
 def _advantage(results: Results) -> float | None:

@@ -1,8 +1,8 @@
-"""How a study differs from the published one, by its parameters and by what its steps recorded.
+"""How a study differs from the published one, by its parameters and by the records of its steps.
 
-Each difference belongs to an aspect (model, data, recipe, device). A published claim can be judged if the study is as
-published in every aspect that the claim depends on. Local copies of the published inputs count as the published ones
-if their sizes match: rows of the corpus, training blocks, parameters.
+Each difference belongs to an aspect (model, data, recipe, device). A published claim can be judged if the study matches
+the publication in every aspect that the claim depends on. Local copies of the published inputs count as the published
+ones if their sizes match: rows of the corpus, training blocks, parameters.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ TIMES = ("wall_time_s", "step_time_ms")  # measured: they differ between any two
 
 @dataclass(frozen=True)
 class Change:
-    """One parameter, figure or verdict that is not the same on both sides; a side that lacks it has None."""
+    """One parameter, figure or verdict that differs between the two sides; None on a side that lacks it."""
 
     group: str
     name: str
@@ -56,10 +56,10 @@ def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
 
 
 def summary(a: dict[str, Any], b: dict[str, Any], found: list[Change]) -> tuple[bool, str]:
-    """Whether two sides are equal, and a line that says in what; `found` are their `changes`.
+    """Whether two sides are equal, and a line that summarises the comparison; `found` are their `changes`.
 
-    Equal are sides that differ in nothing but measured times and the environment (device, versions). The line names
-    only what both sides have, so that nothing is called equal that was not compared.
+    Sides are equal if they differ only in measured times and the environment (device, versions). The line names only
+    what both sides have, so that nothing is called equal that was not compared.
     """
     by_aspect: dict[str, list[str]] = {}
     for change in found:
@@ -83,7 +83,7 @@ def summary(a: dict[str, Any], b: dict[str, Any], found: list[Change]) -> tuple[
 
 
 def _aspect(change: Change) -> str:
-    """What a change is about; one in a variant's figures or in a verdict on time is about times."""
+    """The aspect that a change belongs to; measured times and verdicts on time belong to "times"."""
     if change.group in ("parameters", "data", "source", "environment", "census"):
         return change.group
     if change.name in TIMES or (change.group == "claims" and "time-overhead" in change.name):
@@ -102,7 +102,7 @@ def _is_full(value: Any) -> bool:
 
 
 def _data(results: dict[str, Any]) -> dict[str, Any]:
-    """The hashes of corpus, tokenizer, tokens and base checkpoint, and what the data are called."""
+    """The hashes of corpus, tokenizer, tokens and base checkpoint, and the names of the data."""
     corpus, tokens, base = (results.get(name, {}) for name in ("corpus", "tokens", "base"))
     found = {"corpus": corpus.get("name"), "tokenizer": _short(tokens.get("tokenizer_sha256"))}
     for name, part in (("corpus", corpus), ("tokens", tokens)):

@@ -2,7 +2,7 @@
 
 Whatever the source, a split is stored as `{split}.parquet` with one column, `text`. A row of a `.txt` file is a line
 and keeps its line feed, as the rows of the Hub's WikiText do. A byte order mark is dropped and CRLF line ends become
-LF, so that a file gives the same tokens whichever system wrote it; nothing else is changed.
+LF, so that a file gives the same tokens on whichever system it was written. Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INSTEAD = "set corpus.source: directory and corpus.path to a folder with train/v
 def make_corpus(params: Params, out: Path) -> dict[str, Any]:
     """Store the splits of `params.corpus` as `out/{split}.parquet` and describe them in `out/corpus.json`.
 
-    Returns what `corpus.json` says: per split the rows, the UTF-8 bytes of their text, and the sha256 of the rows
+    Returns the content of `corpus.json`: per split the rows, the UTF-8 bytes of their text, and the sha256 of the rows
     (each followed by a NUL byte), which does not depend on how they are stored. BwskError on an unusable source.
     """
     match params.corpus:
@@ -47,7 +47,7 @@ def make_corpus(params: Params, out: Path) -> dict[str, Any]:
 
 
 def read_rows(corpus: Path, split: str) -> list[str]:
-    """The rows of a split that `make_corpus` stored; BwskError if they are not what `corpus.json` says."""
+    """The rows of a split that `make_corpus` stored; BwskError if they do not match `corpus.json`."""
     entry = _split_entry(corpus, split)
     path = corpus / f"{split}.parquet"
     rows = _read_parquet(path, "text")
@@ -92,7 +92,7 @@ def _from_hub(source: HubCorpus) -> dict[str, list[str]]:
 
     name = f"corpus {source.id}"
     if hub.unreachable():
-        # Takes what an earlier run has cached, instead of asking an absent host again and again.
+        # Use what an earlier run has cached, instead of retrying an unreachable host.
         datasets.config.HF_HUB_OFFLINE = True
     hub.quiet_unless_terminal()
     try:
@@ -139,7 +139,7 @@ def split_file(folder: Path, split: str) -> Path:
         raise BwskError(f"corpus.path: {folder} has both {split}.txt and {split}.parquet; keep one of them")
     if not found:
         raise BwskError(f"corpus.path: {folder} has neither {split}.txt nor {split}.parquet; add one of them")
-    if not found[0].is_file():  # a pipe or a device might never end
+    if not found[0].is_file():  # reading a pipe or a device might never end
         raise BwskError(f"{found[0]}: cannot be read (not a regular file); name a folder with files")
     return found[0]
 

@@ -1,15 +1,16 @@
-"""What makes PyTorch fast on a CPU that its builds leave slow. Settings of the whole process; a GPU does not notice.
+"""Process-wide CPU settings that speed up PyTorch where its builds are slow. They do not affect a GPU.
 
-**Products.** PyTorch computes float32 matrix products by MKL, which takes its AVX2 kernels on processors that are not
-Intel's, although they have AVX-512. oneDNN, which the same builds bring for bfloat16, has kernels for all of them. So
-large float32 products go to oneDNN there, in forward and backward alike: as exact, not always MKL's bits. Every mode
-of a study runs in a process that is set like this, so what has the same bits in one has them in the other.
+**Products.** PyTorch computes float32 matrix products by MKL, which uses its AVX2 kernels on processors by other
+vendors than Intel, although they have AVX-512. oneDNN, which the same builds contain for bfloat16, has AVX-512 kernels
+for all of them. So large float32 products go to oneDNN there, in forward and backward. The results are as exact, but
+not always bit-identical to MKL's. Every mode of a study runs in a process with these settings, so bit-identity between
+modes holds.
 
-**Freed memory.** glibc gives large blocks, and what is free at the end of its heap, back to the system at once, and a
-training step then asks for all of it again, page by page: a quarter of a million faults a step for T5-small. The heap
-can keep everything for the next step. Its holes do not always fit again (before glibc 2.38 an aligned block needs more
-room than it leaves), which costs up to half as much memory again. So it keeps only where there is plenty, looked at
-again every few steps, and a training gives all free pages back after each validation.
+**Freed memory.** glibc returns large blocks, and free memory at the end of its heap, to the system at once. A training
+step then requests all of it again, page by page: a quarter of a million page faults a step for T5-small. The heap can
+retain everything for the next step. Fragmentation (before glibc 2.38 an aligned block needs more room than it leaves)
+costs up to half as much memory again, so the heap retains memory only while there is plenty, checked every few steps.
+A training returns all free pages after each validation.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from torch import Tensor
 from bwsk._compat import mm_out, onednn_linear
 from bwsk.memory.available import free_host_memory, resident_memory
 
-# Products with fewer multiply-adds stay with MKL: below, the way through Python takes longer than what is gained.
+# Products with fewer multiply-adds stay with MKL, because the call through Python costs more than it gains.
 WORTH_IT = 1 << 22
-# mallopt's parameters, by their numbers in glibc's malloc.h, and two settings. What glibc itself comes to in a process
-# that frees large blocks; and to keep everything: the heap's end never trimmed (-1), no block mapped apart from it.
+# mallopt's parameters, by their numbers in glibc's malloc.h, and two settings: what glibc itself arrives at in a
+# process that frees large blocks, and one that retains everything (the heap is never trimmed, and no block is mapped
+# separately).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _GLIBC = {_M_TRIM_THRESHOLD: 64 * 2**20, _M_MMAP_THRESHOLD: 32 * 2**20, _M_MMAP_MAX: 65536}
 _KEEP = {_M_TRIM_THRESHOLD: -1, _M_MMAP_MAX: 0}
@@ -38,7 +40,7 @@ _OVERRIDE: list[torch.library.Library] = []
 
 
 def tune() -> None:
-    """Set up this process; what the machine does not need or have is left out. Again is harmless."""
+    """Apply the settings that this machine needs and supports. Calling it again is harmless."""
     if mkl_falls_short():
         multiply_by_onednn()
 
@@ -54,7 +56,7 @@ def mkl_falls_short() -> bool:
 
 
 def multiply_by_onednn() -> bool:
-    """Compute large float32 products on the CPU by oneDNN from now on; False where this PyTorch has none."""
+    """Compute large float32 products on the CPU by oneDNN from now on; False where this PyTorch lacks oneDNN."""
     if _OVERRIDE:
         return True
     if (onednn := onednn_linear()) is None:
@@ -68,7 +70,7 @@ def multiply_by_onednn() -> bool:
         return mm_out(a, b, out=a.new_empty((rows, columns)))
 
     override = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings():  # that a kernel is replaced
+    with warnings.catch_warnings():  # torch warns that a kernel is replaced
         warnings.simplefilter("ignore", UserWarning)
         override.impl("mm", mm, "CPU")
     _OVERRIDE.append(override)
@@ -76,9 +78,9 @@ def multiply_by_onednn() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Let the heap keep what is freed for the next step while the process can have twice the most it ever had.
+    """Let the heap retain freed memory for the next step while twice the process's peak would be available.
 
-    True if it does from now on. Meant to be called every few steps; without glibc it does nothing.
+    Returns whether it does from now on. Meant to be called every few steps; without glibc it does nothing.
     """
     if not _on_glibc():
         return False
@@ -89,7 +91,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Give the pages of all that is free back to the system, also from the middle of the heap; glibc only."""
+    """Return all free pages to the system, also from the middle of the heap; glibc only."""
     if _on_glibc():
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -29,10 +29,10 @@ _HELD: list[tuple[int, Lock]] = []
 
 
 def pick_device(gpus: int, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> torch.device:
-    """A CUDA device of this process's own if the job was given a GPU slot and there is one, else the CPU.
+    """A CUDA device for this process alone if the job was given a GPU slot and there is one, else the CPU.
 
-    Of the devices that `CUDA_VISIBLE_DEVICES` leaves, the first that no other bwsk process has, held until this one
-    ends; if all are taken, waits for one and says so.
+    It is the first device of `CUDA_VISIBLE_DEVICES` that no other bwsk process holds, and it is held until this process
+    ends. If all are taken, this waits for one and reports that it does.
     """
     if gpus <= 0 or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -50,7 +50,7 @@ def pick_device(gpus: int, say: Callable[[str], None] = lambda text: print(text,
 def visible_gpus(variable: str | None, count: int) -> list[str]:
     """Names of the devices that a process sees: numbers or UUIDs of `CUDA_VISIBLE_DEVICES`, all `count` if unset.
 
-    As CUDA reads it: the list ends at the first entry that is no device.
+    As in CUDA, the list ends at the first invalid entry.
     """
     if variable is None:
         return [str(index) for index in range(count)]
@@ -65,9 +65,9 @@ def visible_gpus(variable: str | None, count: int) -> list[str]:
 def claim(keys: list[str], folder: Path, say: Callable[[str], None]) -> tuple[int, Lock]:
     """Index and lock of the first of the devices `keys` that no other process holds; waits while there is none."""
     if not folder.is_dir():
-        with suppress(OSError):  # two processes at once, or a folder that cannot be: the locks will say
+        with suppress(OSError):  # two processes at once, or no permission, which the locks report
             folder.mkdir(parents=True)
-            folder.chmod(0o1777)  # for everybody on the machine, like the folder of temporary files that it is in
+            folder.chmod(0o1777)  # writable by everybody on the machine, like the temporary folder that contains it
     paths = [folder / f"gpu-{re.sub('[^A-Za-z0-9-]', '_', key)}.lock" for key in keys]
     waited = False
     while True:
@@ -86,13 +86,13 @@ def device_name(device: torch.device) -> str:
 
 
 def configure(device: torch.device, *, threads: int, deterministic: bool, tf32: bool) -> None:
-    """Set what decides the bits of a computation, for the whole process."""
+    """Set everything that a computation's exact bits depend on, for the whole process."""
     # cuBLAS needs this before its first call to be deterministic.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
-    # Otherwise every uninitialised buffer is filled first, at no gain: nothing here reads one.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # Deterministic mode would fill every uninitialised buffer first, although nothing here reads one.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a module's property
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
@@ -101,7 +101,7 @@ def configure(device: torch.device, *, threads: int, deterministic: bool, tf32: 
 
 
 def check_precision(key: str, precision: Precision, device: torch.device) -> None:
-    """BwskError if the device cannot compute in `precision`; `key` is the parameter that asks for it."""
+    """BwskError if the device does not support `precision`; `key` is the parameter that requests it."""
     if device.type == "cpu" and precision == "fp16":
         raise BwskError(f"{key}: found fp16, which needs a CUDA device; set bf16 or fp32 to run on the CPU")
     if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
@@ -109,7 +109,7 @@ def check_precision(key: str, precision: Precision, device: torch.device) -> Non
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """Mixed precision as a context: matrix products in `precision`, nothing at all for fp32."""
+    """Mixed precision as a context: matrix products in `precision`; disabled for fp32."""
     return torch.autocast(device.type, dtype=dtype_of(precision), enabled=precision != "fp32")
 
 

@@ -1,7 +1,7 @@
 """What this machine has, and whether a study could run on it.
 
-Every line is ok, warn (the study runs, but) or fail (it would not run), and says what to do. Tokens and secrets are
-never read; a DVC remote is shown without user, password and query.
+Every line is ok, warn (the study runs with a limitation) or fail (it does not run), with advice. Tokens and secrets are
+never read. A DVC remote is shown without user, password and query.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ def _software() -> Iterator[Finding]:
         require_posix("study")
     except BwskError as error:
         yield Finding("system", "fail", str(error).split(": ", 1)[1], "the library alone works here")
-    for names, status, advice in (
+    groups: tuple[tuple[tuple[str, ...], Status, str], ...] = (
         (NEEDED, "fail", "pip install the package again"),
         (STUDY, "warn", "pip install the extra 'study' to run the workflow"),
-    ):
+    )
+    for names, status, advice in groups:
         found = {name: _version(name) for name in names}
         missing = [name for name, version in found.items() if version is None]
         have = ", ".join(f"{name} {version}" for name, version in found.items() if version)
@@ -85,10 +86,10 @@ def _software() -> Iterator[Finding]:
             yield Finding(name, status, f"{', '.join(missing)} missing; have {have or 'none'}", advice)
         else:
             yield Finding(name, "ok", have)
-    for name, found, advice in tested.outside():
-        yield Finding(name, "warn", found, advice)
-    for name in _compat.missing():
-        yield Finding("library", "warn" if name.optional else "fail", name.found, name.advice)
+    for what, version, remedy in tested.outside():
+        yield Finding(what, "warn", version, remedy)
+    for lacking in _compat.missing():
+        yield Finding("library", "warn" if lacking.optional else "fail", lacking.found, lacking.advice)
 
 
 def _version(name: str) -> str | None:
@@ -155,7 +156,7 @@ def _hub(reason: str | None) -> Finding:
 
 
 def _dvc(place: Path) -> Finding:
-    """The default DVC remote of the repository around `place`: is there one, and does a local one exist."""
+    """Whether the repository around `place` has a default DVC remote, and whether a local one exists."""
     if _version("dvc") is None:
         return Finding("DVC", "warn", "not installed", "pip install the extra 'study' to push and pull results")
     command = [sys.executable, "-m", "dvc", "config", "--list"]
@@ -198,7 +199,7 @@ _MADE_HERE = {
 
 
 def _study(study: Path, gpu: bool, hub_reason: str | None) -> Iterator[Finding]:
-    """What the study asks for, against what is there."""
+    """The study's requirements compared with what is available."""
     try:
         params = load_params(study / "params.yaml")
     except BwskError as error:

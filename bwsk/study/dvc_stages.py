@@ -1,12 +1,14 @@
 """DVC's stage graph of a study, generated: `dvc.yaml` from `params.yaml`, the steps and the package's imports.
 
 Each stage asks Snakemake for exactly one artifact. DVC decides *whether* a step runs (it compares contents, so fresh
-modification times after a pull mean nothing to it), Snakemake runs it: `--force` because DVC has decided already,
-`--allowed-rules` because what lies upstream is DVC's business and must not be made again for being older or newer.
+modification times after a pull mean nothing to it), and Snakemake runs it: with `--force` because DVC has already
+decided, and with `--allowed-rules` because DVC is responsible for upstream steps, which must not rerun for their
+modification times.
 
-A step depends on the digest of the code that it can run (`source_digest`). The stage `source` writes one for each step
-and alone depends on the package's files: it runs, in seconds, when one of them changes; the others when their digest
-does. It lists files because DVC would count the compiled ones in a folder outside the study as well.
+A step depends on the digest of the code that it can run (`source_digest`). The stage `source` writes one digest per
+step and is the only stage that depends on the package's files. It runs, in seconds, when one of them changes; other
+stages run when their digest changes. It lists files because DVC would also count compiled files in a folder outside the
+study.
 """
 
 from __future__ import annotations
@@ -52,14 +54,14 @@ def check(study: Path) -> None:
 
 
 def render(study: Path) -> str:
-    """The text of the study's `dvc.yaml`; BwskError where the package lies without the workflow."""
+    """The text of the study's `dvc.yaml`; BwskError where the package is installed without the workflow."""
     if not SNAKEFILE.is_file():
         raise BwskError(f"{SNAKEFILE}: missing; run the bwsk of a checkout, or install one: pip install -e DIR")
     params = load_params(study / "params.yaml")
-    # DVC reads the file itself: it knows the keys that are written there, not the defaults.
+    # DVC reads the file itself, so it knows the keys that are written there but not the defaults.
     written = yaml.safe_load((study / "params.yaml").read_text(encoding="utf-8-sig"))
     content = _Graph(study, params, written).dvc_yaml()
-    # Lists of names in as few lines as they need.
+    # Short lists stay on one line.
     return HEADER + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 
@@ -154,7 +156,7 @@ class _Graph:
                 "results/results.json",
                 deps=made,
                 outs=["results/results.json", "build/report/results.csv"],
-                # It repeats all parameters, also those that no other step of this study reads.
+                # results.json repeats all parameters, also those that no other step of this study reads.
                 params=list(Params.model_fields),
                 files=SCHEMAS,
             ),
@@ -193,8 +195,7 @@ class _Graph:
     ) -> dict[str, Any]:
         """A stage that runs `rule` for `target`. It depends on `deps`, on `files`, and on the code of its step.
 
-        The step (as `provenance` knows it) is called like the rule unless told otherwise; it also knows the
-        parameters, where they are not given.
+        `step` is the step's name in `provenance`, the rule's by default. Without `params`, they are those of the step.
         """
         step = step or rule
         if params is None:
@@ -210,7 +211,7 @@ class _Graph:
         return {key: value for key, value in stage.items() if value}
 
     def _memory(self, mode: str) -> dict[str, Any]:
-        """A stage of its own for each mode, no matrix: that of bwsk-reversible alone reads the budget."""
+        """A separate stage for each mode instead of a matrix, because only that of bwsk-reversible reads the budget."""
         target = f"build/analysis/memory-{mode}.json"
         budget = ["train.budget"] if mode == "bwsk-reversible" else []
         return self._stage(

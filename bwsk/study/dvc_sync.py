@@ -1,10 +1,10 @@
-"""Hand a study over between DVC, which knows contents, and Snakemake, which knows modification times.
+"""Hand a study over between DVC, which compares contents, and Snakemake, which compares modification times.
 
-`restore`: what DVC has checked out has the times of the copying, and Snakemake would make everything again. So the
-files are pulled, found to be what `dvc.lock` recorded, and then recorded with Snakemake as up to date.
-`record`: what Snakemake made is taken over by DVC without running anything; only if all of it belongs to the present
-parameters and source, else one seed's weights would be recorded as another's; and only if results.json and the card say
-what the files say, else an edit by hand would be recorded as made.
+`restore`: files that DVC checks out get new modification times, so Snakemake would rerun everything. So the files are
+pulled, compared with `dvc.lock`, and then marked as up to date for Snakemake. `record`: DVC records what Snakemake
+made, without running anything. This requires that everything belongs to the current parameters and source (else one
+seed's weights could be recorded as another's), and that results.json and the card agree with the files (else a manual
+edit could be recorded as an output).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SHOWN = 6  # names that a message lists
 
 
 def restore(study: Path, say: Say) -> None:
-    """Pull the study's outputs and tell Snakemake that they are up to date.
+    """Pull the study's outputs and mark them as up to date for Snakemake.
 
-    BwskError naming what is missing or was recorded with other parameters or source; all the rest is restored then.
+    BwskError names what is missing or was recorded with other parameters or source; everything else is restored.
     """
     lock = _lock(study)
     load_params(study / "params.yaml")
@@ -40,10 +40,10 @@ def restore(study: Path, say: Say) -> None:
     for path in drop_corrupt(study, lock):
         say(f"removed from the cache, not what its name says: {path}")
     pulled = _run(study, ["dvc", "pull"])
-    if pulled.returncode:  # it then checks out nothing at all, of what it could fetch either
+    if pulled.returncode:  # then not even the files that it fetched are checked out
         _run(study, ["dvc", "checkout", "--allow-missing"], capture=True)
     changes = _changes(study)
-    if changes.pop("source", None):  # the package has other bytes: whether it has other code, its digests say
+    if changes.pop("source", None):  # files of the package changed; the digests show whether its code did
         write_digests(study / SOURCE)
         changes = {stage: change for stage, change in _changes(study).items() if stage != "source"}
     current = [stage["cmd"].split()[-1] for name, stage in lock.items() if name not in changes]
@@ -59,7 +59,7 @@ def restore(study: Path, say: Say) -> None:
 
 
 def record(study: Path, say: Say) -> None:
-    """Take over into `dvc.lock` and DVC's cache what Snakemake made; BwskError if it is incomplete, stale or edited."""
+    """Record in `dvc.lock` and DVC's cache what Snakemake made; BwskError if it is incomplete, stale or edited."""
     from bwsk.study.check import documents
     from bwsk.study.dvc_stages import check
     from bwsk.study.results import gather
@@ -75,7 +75,7 @@ def record(study: Path, say: Say) -> None:
 
 
 def drop_corrupt(study: Path, lock: dict[str, Any]) -> list[Path]:
-    """Delete the cache objects of `lock` whose content is not what their name says, so that a pull gets them again."""
+    """Delete the cache objects of `lock` whose content does not match their name, so that a pull fetches them again."""
     root = study / (_output(study, ["dvc", "cache", "dir"]) or ".dvc/cache") / "files" / "md5"
     corrupt = []
     waiting = [out["md5"] for stage in lock.values() for out in stage.get("outs", [])]
@@ -95,20 +95,20 @@ def drop_corrupt(study: Path, lock: dict[str, Any]) -> list[Path]:
 
 
 def _require_dvc(study: Path) -> None:
-    """BwskError if the study is no DVC repository: in that of a folder above, DVC would do all that is there."""
+    """BwskError unless the study is its own DVC repository; in a parent's, DVC would process everything there."""
     if not (study / ".dvc").is_dir():
         raise BwskError(
             f"{study}: no DVC repository of its own; run in it: dvc init --subdir (without git: dvc init --no-scm)"
         )
-    if not (study / "dvc.yaml").is_file():  # without it DVC finds nothing to do, and calls that up to date
+    if not (study / "dvc.yaml").is_file():  # without it DVC finds nothing to do and reports 'up to date'
         raise BwskError(f"{study / 'dvc.yaml'}: missing; take it from git, or write it: bwsk stages {study}")
 
 
 def _lock(study: Path) -> dict[str, Any]:
-    """Stage -> what `dvc.lock` recorded of it."""
+    """Stage -> its record in `dvc.lock`."""
     path = study / "dvc.lock"
     if not path.is_file():
-        load_params(study / "params.yaml")  # where there is no study either, that is what to say
+        load_params(study / "params.yaml")  # if there is no study at all, report that instead
         raise BwskError(f"{path}: missing, nothing was recorded of this study yet; run it: dvc repro")
     try:
         stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
@@ -134,7 +134,7 @@ def _changes(study: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _problem(lock: dict[str, Any], changes: dict[str, dict[str, dict[str, Any]]]) -> str | None:
-    """What is not as recorded, as one line with the command that makes it; None if all is."""
+    """What differs from the record, as one line with the command that makes it; None if nothing does."""
     missing, other = [], []
     outs = {out["path"] for stage in lock.values() for out in stage.get("outs", [])} - {SOURCE}
     for stage, change in changes.items():
@@ -146,7 +146,7 @@ def _problem(lock: dict[str, Any], changes: dict[str, dict[str, dict[str, Any]]]
             other.append(stage)
     if missing:
         paths = [path for stage in missing for path in changes[stage]["changed outs"]]
-        # All of a remote may be missing: a command that names every stage is that for the whole study.
+        # If very many stages are missing, the command for the whole study is shorter.
         command = " ".join(["dvc repro", *(missing if len(missing) <= SHOWN else [])])
         return f"missing or changed: {_first(paths)}; make what no remote has: {command}"
     if other:

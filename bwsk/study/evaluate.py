@@ -1,4 +1,4 @@
-"""Evaluate a model as it lies on disk, loaded as a user would load it: a study's variant, or any model on any text."""
+"""Evaluate a saved model, loaded as a user would load it: a study's variant, or any model on any text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
 from bwsk.study.agreement import agree
 from bwsk.study.corpus import decode_text, split_lines
 from bwsk.study.device import check_precision, configure, device_name, pick_device
-from bwsk.study.model import load_model
+from bwsk.study.model import embedding_count, load_model, move
 from bwsk.study.params import EvaluateParams, Params, TokensParams
 from bwsk.study.perplexity import Perplexity, evaluation_starts, perplexity
 from bwsk.study.progress import progress
@@ -26,7 +26,7 @@ from bwsk.study.tokens import load_tokens, tokenize
 def evaluate_variant(params: Params, variant: Path, tokens: Path, gpus: int) -> dict[str, Any]:
     """Perplexities of a trained variant on validation and test, as `build/evaluation/<variant>.json` holds them.
 
-    BwskError if they are not what training recorded: the weights are then not those of the run.
+    BwskError if they differ from what training recorded, because the weights are then not those of the run.
     """
     trained = read_json(variant / "training_results.json")
     for key in ("best_val_metric", "test_metric"):
@@ -38,7 +38,8 @@ def evaluate_variant(params: Params, variant: Path, tokens: Path, gpus: int) -> 
     device = pick_device(gpus)
     check_precision("evaluate.precision", params.evaluate.precision, device)
     configure(device, threads=params.train.threads, deterministic=params.train.deterministic, tf32=params.train.tf32)
-    model = load_model(variant.parent, variant.name).to(device)
+    model = load_model(variant.parent, variant.name)
+    move(model, device)
     if params.evaluate.precision == "fp16":
         keep_projection_out_of_float16(model)
     sizes = read_json(tokens / "tokens.json")["splits"]
@@ -82,8 +83,9 @@ def evaluate_text(
     if len(stream) <= window:
         raise BwskError(f"{text}: has {len(stream)} tokens, a window needs more than {window}; set --window")
     device = pick_device(gpus)
-    model = load_model(model_dir).to(device)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    model = load_model(model_dir)
+    move(model, device)
+    vocabulary = embedding_count(model)
     if int(stream.max()) >= vocabulary:
         raise BwskError(
             f"{tokenizer_dir}: gives token {int(stream.max())}, the model's vocabulary has {vocabulary}; "
@@ -105,9 +107,9 @@ def evaluate_text(
 
 
 def metrics(result: dict[str, Any], trained: dict[str, Any]) -> dict[str, float]:
-    """The few figures of a variant that versions are compared by; `trained` is its training_results.json.
+    """The few figures of a variant by which versions are compared; `trained` is its training_results.json.
 
-    What was not measured is left out: there is no peak memory on a CPU.
+    Figures that were not measured are omitted, such as peak memory on a CPU.
     """
     validation, test = result["splits"]["validation"], result["splits"]["test"]
     figures = {

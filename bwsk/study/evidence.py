@@ -1,8 +1,8 @@
 """Which published claims hold in a study, and on what evidence: a row per topic, for the top of the card and of `show`.
 
-A topic is several claims (twelve perplexities, the memory saved from either initialisation). Its row shows the values
-that stand for it and counts the verdicts of all its claims. Two values are those of fine-tuning and of training from
-scratch, in this order.
+A topic has several claims (twelve perplexities, the memory saved from either initialisation). Its row shows
+representative values and counts the verdicts of all its claims. Two values are those of fine-tuning and of training
+from scratch, in this order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evidence:
-    """A row: what was claimed, the published and the study's own value, the verdicts, and what they rest on."""
+    """A row: the claim, the published and the study's own value, the verdicts, and the evidence for them."""
 
     claim: str
     published: str
@@ -92,13 +92,13 @@ def evidence(results: Results) -> list[Evidence]:
 
 
 def verdicts(results: Results, topic: str | None = None) -> str:
-    """How many claims of a topic, or of all, have which verdict: `26 reproduced, 2 not reproduced`."""
+    """The number of claims per verdict, of one topic or of all: `26 reproduced, 2 not reproduced`."""
     counts = Counter(claim["verdict"] for claim in results["claims"] if topic in (None, claim["topic"]))
     return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
 
 
 def devices(results: Results) -> str:
-    """What the variants were trained on."""
+    """The devices that the variants were trained on."""
     found = sorted({figures["provenance"]["device"] for figures in results["variants"].values()})
     return ", ".join("the CPU" if device == "cpu" else device for device in found)
 

@@ -1,4 +1,4 @@
-"""Numbers as text, the same in the model card and in the tables that commands print; what is absent is a dash."""
+"""Numbers as text, the same in the model card and in the commands' tables; absent numbers are a dash."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def compact(value: float | None) -> str:
-    """A size or a time without its unit: one decimal below 100, where a whole number would say too little."""
+    """A size or a time without its unit: one decimal below 100, where a whole number would be too coarse."""
     return number(value, 1 if value is not None and value < 100 else 0)
 
 
@@ -33,7 +33,7 @@ def per_cent(value: float | None, digits: int = 1) -> str:
 
 
 def added_time(value: float | None, noise: float | None) -> str:
-    """Time added, in per cent, with no more precision than the noise (per cent as well) leaves it."""
+    """Time added, in per cent, with no more digits than the noise (also in per cent) justifies."""
     if value is None:
         return ABSENT
     if noise is None:

@@ -1,4 +1,4 @@
-"""Access to the Hugging Face Hub: is it there, fetch named files of one revision, say in one line what went wrong.
+"""Access to the Hugging Face Hub: whether it is reachable, files of one revision, and one-line error messages.
 
 The Hub's own client retries an unreachable host for about half a minute per file; asking once, briefly, before
 anything else makes an offline machine fail (or use its cache) at once.
@@ -31,13 +31,13 @@ def unreachable(seconds: float = PROBE_SECONDS) -> str | None:
         from huggingface_hub.utils import get_session
 
         try:
-            # Any answer will do, also a refusal: what counts is that somebody answers.
+            # Any answer will do, also a refusal: it shows that the host is reachable.
             get_session().head(constants.ENDPOINT, timeout=seconds)
             answers.append(None)
         except Exception as error:
             answers.append(f"{host}: {_first_line(error)}")
 
-    # Name resolution knows no timeout: a thread that is left behind does.
+    # Name resolution has no timeout, so it runs in a thread that can be abandoned.
     thread = Thread(target=probe, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -83,7 +83,7 @@ def explain(error: Exception, revision: str) -> str:
 
 
 def quiet_unless_terminal() -> None:
-    """Bars of the Hub client, `datasets` and `transformers` belong on a terminal; a log would get every redraw."""
+    """Disable progress bars of the Hub client, `datasets` and `transformers` where a log would get every redraw."""
     from huggingface_hub.utils import disable_progress_bars
 
     if sys.stderr.isatty():

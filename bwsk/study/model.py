@@ -1,6 +1,6 @@
-"""Models of a study: from the base checkpoint or fresh from its configuration, and back to disk as users load them.
+"""Models of a study: from the base checkpoint or fresh from its configuration, and saved as users load them.
 
-All modes of a study train the very same model: float32 weights, eager attention (as in the published runs; the
+All modes of a study train the same model: float32 weights, eager attention (as in the published runs; the
 default `sdpa` picks kernels by device, so its numbers are not comparable between machines).
 """
 
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Load and save without transformers' progress bars, which are noise in the log of a job; restored on leaving."""
+    """Load and save without transformers' progress bars, which clutter the log of a job; restored on exit."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -56,7 +56,7 @@ def initial_model(init: Init, base: Path, seed: int) -> PreTrainedModel:
 
 
 def load_model(root: Path, subfolder: str = "", attention: str | None = None) -> PreTrainedModel:
-    """A saved sequence-to-sequence model in float32, loaded as a user does it: safetensors only, no remote code.
+    """A saved sequence-to-sequence model in float32, loaded as a user would: safetensors only, no remote code.
 
     `attention` is the attention implementation, the library's default if None. BwskError if it cannot be loaded or
     lacks weights.
@@ -82,6 +82,16 @@ def load_model(root: Path, subfolder: str = "", attention: str | None = None) ->
     if lacking := sorted(problems["missing_keys"]):
         raise BwskError(f"{path}: model.safetensors lacks {lacking[0]} (and {len(lacking) - 1} more tensors)")
     return model
+
+
+def move(model: torch.nn.Module, device: torch.device | str) -> None:
+    """Move a model to a device, in place. As `nn.Module`, because transformers' own `to` hides its signature."""
+    model.to(device)
+
+
+def embedding_count(model: PreTrainedModel) -> int:
+    """Number of token ids that the model has an embedding for."""
+    return cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
 
 
 def save_variant(model: PreTrainedModel, tokenizer: Path, out: Path) -> None:

@@ -1,9 +1,9 @@
 """Explain a training step whose numbers are not finite.
 
-Under float16 two kinds of overflow look alike, a skipped step, and differ in what helps:
+Under float16 two kinds of overflow both show as a skipped step, but need different remedies:
 
-    backward   a gradient times the loss scale exceeds 65504. The gradient scaler skips the step and halves the scale:
-               it heals by itself, and a few such steps at the start of a run are how the scale is found.
+    backward   a gradient times the loss scale exceeds 65504. The gradient scaler skips the step and halves the scale,
+               so the run recovers by itself. A few such steps at the start of a run are how the scale is found.
     forward    an activation exceeds 65504, so the loss itself is not finite. No scale changes that, so T5's output
                projection, which is known to overflow, is computed outside of float16 (`bwsk.reversible.t5.float16`).
 """
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 # Steps in a row without a finite loss; steps in a row that the scaler skipped: from 2^16 the scale is then below 2^-14.
 FORWARD_LIMIT = 10
 SKIPPED_LIMIT = 30
-# Share of a run's steps that forward overflows may cost altogether.
+# Share of a run's steps that may be lost to forward overflows in total.
 FORWARD_SHARE = 0.02
 
 
 def should_abort(forward: bool, in_a_row: int, forward_in_all: int, planned: int, scaled: bool) -> bool:
     """Whether a run must stop after a step that was not finite.
 
-    `forward`: its loss was not. `in_a_row`: such steps without a good one between; `forward_in_all`: of the run;
-    `scaled`: a gradient scaler skips them, else one has already spoilt the weights.
+    `forward`: the loss was not finite. `in_a_row`: number of such steps in a row. `forward_in_all`: number of forward
+    overflows in the run. `scaled`: a gradient scaler skips such steps; without one the weights are already corrupted.
     """
     if not scaled:
         return True
@@ -38,8 +38,8 @@ def should_abort(forward: bool, in_a_row: int, forward_in_all: int, planned: int
 def first_not_finite(model: nn.Module, loss_of_step: Callable[[], Tensor]) -> str | None:
     """Where a value that is not finite first appears in one forward and backward: `module`, or None.
 
-    `loss_of_step` runs the forward and returns the (scaled) loss. Parameters are looked at first, then modules as
-    they finish, then the gradients of their outputs as they are made.
+    `loss_of_step` runs the forward and returns the (scaled) loss. Parameters are checked first, then modules as
+    they finish, then the gradients of their outputs as they are computed.
     """
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):

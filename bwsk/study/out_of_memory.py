@@ -1,4 +1,4 @@
-"""What to do about a training step that ran out of memory: predicted need, what there is, and what would fit."""
+"""Advice for a training step that ran out of memory: predicted need, free memory, and what would fit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def out_of_memory(params: Params, variant: str, model: Any, device: torch.device, free: float | None) -> BwskError:
-    """The error that tells what a step of `variant` is predicted to need, what there is, and what would fit.
+    """The error with the predicted need of a step of `variant`, the free memory, and what would fit.
 
-    `model`: a model or its config, which is only read. `free`: `free_memory` as it was before the run began; what a
-    failed run has given back cannot be seen from within its process.
+    `model`: a model or its config, which is only read. `free`: `free_memory` before the run began, because memory that
+    a failed run has freed is not visible from within its process.
     """
     train = params.train
     reversible = variant.endswith("bwsk-reversible")

@@ -1,9 +1,9 @@
-"""The parameters of a study: what `params.yaml` may say, typed and validated once.
+"""The parameters of a study: the content of `params.yaml`, typed and validated in one place.
 
 `params.yaml` is Snakemake's config and DVC's params; the JSON schema that Snakemake checks
 (`workflow/schemas/params.schema.json`) is generated from the models below, so this file is the only definition.
-Validation is strict: unknown keys, texts where numbers belong (`3e-4` is a text to YAML 1.1: write `3.0e-4`) and
-impossible values are errors of one line that name the key, what was found and what is allowed.
+Validation is strict. Unknown keys, texts where numbers belong (`3e-4` is a text to YAML 1.1: write `3.0e-4`) and
+impossible values give one-line errors that name the key, what was found and what is allowed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _is_plain_path(path: str) -> str:
 
 def _is_budget(budget: str | float) -> str | float:
     if isinstance(budget, str) and _is_number(budget):
-        # A fraction has one spelling, by which the engines agree whether it has changed.
+        # A fraction has only one spelling, so that Snakemake and DVC agree on whether it has changed.
         raise ValueError("must be a number without quotes (YAML reads 3e-1 as a text: 3.0e-1)")
     try:
         parse_budget(budget, lambda: 1.0)
@@ -267,7 +267,7 @@ class Params(_Section):
 
     @property
     def step(self) -> dict[str, Any]:
-        """The shape of a training step, as `make_reversible` and `predict_memory` take it; its batch apart."""
+        """The shape of a training step as arguments of `make_reversible` and `predict_memory`, without the batch."""
         half = self.tokens.block // 2
         return {"input_length": half, "target_length": half, "precision": self.train.precision}
 
@@ -279,8 +279,8 @@ class Params(_Section):
         return init, mode  # type: ignore[return-value]
 
 
-# How numbers and truth values are written that YAML 1.1 (Snakemake, bwsk) and YAML 1.2 (DVC) read alike: to 1.1 alone
-# is 010 eight, 1:30 ninety and `on` true.
+# Spellings of numbers and booleans that YAML 1.1 (Snakemake, bwsk) and YAML 1.2 (DVC) read alike. Only in YAML 1.1 is
+# 010 eight, 1:30 ninety and `on` true.
 _READ_ALIKE = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)"),
     "tag:yaml.org,2002:float": re.compile(r"[^_:]*"),
@@ -289,10 +289,10 @@ _READ_ALIKE = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what would train with another value than the reader, or DVC, sees."""
+    """Refuses files that a reader, or DVC, would understand differently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        # YAML's silent 'last one wins'. Not of merges (`<<`), whose keys are there to be replaced.
+        # YAML silently takes the last of repeated keys. Merges (`<<`) are exempt, because their keys may be overridden.
         written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         keys = [self.construct_object(key, deep=True) for key in written]
         for index, key in enumerate(keys):
@@ -300,7 +300,7 @@ class _Loader(yaml.SafeLoader):
                 raise BwskError(f"line {_line(written[index])}: the key {key!r} is there twice, keep one")
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
         alike = _READ_ALIKE.get(node.tag)
         if alike and not alike.fullmatch(value):
@@ -318,7 +318,7 @@ def _line(node: yaml.Node) -> int:
 
 
 def load_params(path: str | Path) -> Params:
-    """Read and validate a `params.yaml`; BwskError of one line on anything that is wrong with it."""
+    """Read and validate a `params.yaml`; raises a one-line BwskError if anything is wrong with it."""
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -354,9 +354,9 @@ def json_schema() -> dict[str, Any]:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first of the errors as `key.path: found X, must …`; how many there are is said at the end."""
+    """The first of the errors as `key.path: found X, must …`, followed by the number of the others."""
     errors = error.errors(include_url=False)
-    # An unknown key is most often a misspelt one: say that first, it explains the 'missing' that goes with it.
+    # An unknown key is usually misspelt. It comes first, because it explains the 'missing' error that goes with it.
     first = min(errors, key=lambda entry: entry["type"] not in _UNKNOWN_KEY)
     location = first["loc"]
     section, path = _section(location) if first["type"] not in _NO_SOURCE else (Params, str(location[0]))
@@ -384,9 +384,9 @@ def _one_line(error: ValidationError) -> str:
     return " ".join(message.split()) + (f" (and {more} more)" if more else "")
 
 
-# The second is a key that is no text, such as a number.
+# `invalid_key`: a key that is not a string, e.g. a number.
 _UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
-# A section whose `source` is unknown or missing: pydantic's location ends at the section.
+# For a section whose `source` is unknown or missing, pydantic's location ends at the section.
 _NO_SOURCE = ("union_tag_invalid", "union_tag_not_found")
 
 
@@ -397,7 +397,7 @@ def _section(location: tuple[int | str, ...]) -> tuple[type[BaseModel], str]:
     annotation = Params.model_fields[str(location[0])].annotation
     if isinstance(annotation, type):
         return annotation, ".".join(map(str, location))
-    # A section with a `source`: pydantic puts the chosen source between the section and its key.
+    # In a section with a `source`, pydantic puts the chosen source between the section and its key.
     chosen = {get_args(member.model_fields["source"].annotation)[0]: member for member in get_args(annotation)}
     return chosen[location[1]], ".".join(map(str, (location[0], *location[2:])))
 

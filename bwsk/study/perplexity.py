@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from bwsk.study.model import split_block
 if TYPE_CHECKING:
     from bwsk.study.params import EvaluateParams
 
-# Labels whose logits exist at a time: those of a batch of 32 windows are 1 GiB, and so is their softmax.
+# Number of labels whose logits exist at once. For a batch of 32 windows logits take 1 GiB, and so does their softmax.
 ROWS_AT_ONCE = 1024
 
 
@@ -97,7 +97,7 @@ def evaluation_starts(
     n_tokens: int, window: int, stride: int, max_windows: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Starts of the published (overlapping) and of the plain windows, each cut to the first `max_windows`."""
-    from bwsk.study.tokens import windows  # brings the validation of parameters, which a bare GPU machine does without
+    from bwsk.study.tokens import windows  # imports pydantic, which a bare GPU machine may lack
 
     return windows(n_tokens, window, stride)[:max_windows], windows(n_tokens, window, window)[:max_windows]
 
@@ -110,7 +110,7 @@ def window_nll(
     params: EvaluateParams,
     on_batch: Callable[[int], None] = lambda n_windows: None,
 ) -> np.ndarray:
-    """NLL in nats of each window's labels, (n_windows,) float64; `on_batch` is told the windows of each batch."""
+    """NLL in nats of each window's labels, (n_windows,) float64; `on_batch` gets each batch's number of windows."""
     device = next(model.parameters()).device
     if device.type == "cpu":
         keep_freed_memory()
@@ -139,17 +139,17 @@ def window_nll(
     return nll
 
 
-def _without_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_loss(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The labels as decoder input, shifted right as the model does it, so that it does not compute a loss as well."""
     shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     return {"input_ids": batch["input_ids"], "decoder_input_ids": shifted}
 
 
 @contextmanager
-def _head_apart(model: torch.nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Inside, a T5's "logits" are what its output projection, the last thing that it does, would have got.
+def _head_apart(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within it, a T5 returns the input of its output projection (its last operation) as "logits".
 
-    Yields the projection, to be called afterwards. Other models are left as they are, with nothing to be called.
+    Yields the projection, to be called afterwards. For other models it yields the identity.
     """
     if model.config.model_type not in ("t5", "mt5"):
         yield lambda logits: logits
@@ -166,11 +166,11 @@ def _head_apart(model: torch.nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of each window: (windows, length, vocabulary) and (windows, length) to (windows,) float64."""
+    """NLL per window, (windows,) float64, from logits (windows, length, vocabulary) and labels (windows, length)."""
     log_probabilities = torch.log_softmax(logits, -1, dtype=torch.float32)
     return -log_probabilities.gather(-1, labels[..., None]).double().sum((1, 2))
 
 
 def _exp(nll: float) -> float:
-    """exp, capped where a should_abort model's perplexity would overflow: JSON has no infinity."""
+    """exp, capped where a diverged model's perplexity would overflow, because JSON has no infinity."""
     return math.exp(min(float(nll), 700.0))

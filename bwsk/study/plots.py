@@ -29,7 +29,7 @@ _LINES: dict[str, dict[str, Any]] = {
     "bwsk-analyzed": {"linewidth": 2.2, "linestyle": (0, (3.2, 2.2))},
     "bwsk-reversible": {"linewidth": 0.8, "marker": "o", "markersize": 4.0, "markerfacecolor": "white"},
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.titlesize": 10.0,
@@ -111,8 +111,9 @@ def _log_scale(axes: Axes) -> None:
         MaxNLocator(6, steps=(1, 2, 5, 10)) if narrow else LogLocator(subs=(1, 2, 5), numticks=12)
     )
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.get_major_formatter().set_scientific(False)
+    plain = ScalarFormatter()
+    plain.set_scientific(False)
+    axes.yaxis.set_major_formatter(plain)
 
 
 def _cost(results: dict[str, Any]) -> Figure:

@@ -1,8 +1,8 @@
-"""Pretraining a small T5 by span corruption, so that a study without a network has a base checkpoint of its own.
+"""Pretraining a small T5 by span corruption, as a base checkpoint for studies without network access.
 
 Raffel et al. 2020, section 3.1.4 (https://jmlr.org/papers/v21/20-074.html): spans of a text, noise_density of its
 tokens in spans of mean_span_length on average, are replaced by sentinels in the encoder's input, and the decoder
-predicts what was there, each span after its sentinel:
+predicts the missing text, each span after its sentinel:
 
     input   = kept₀ <extra_id_0> kept₁ <extra_id_1> … </s>
     target  = <extra_id_0> span₀ <extra_id_1> span₁ … </s>
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from bwsk.errors import BwskError
+from bwsk.study.model import move
 from bwsk.study.params import PretrainedBase
 from bwsk.study.progress import progress
 
@@ -74,9 +75,10 @@ def corrupt(
     segments = np.split(text, bounds)
     inputs: list[np.ndarray] = []
     targets: list[np.ndarray] = []
-    for span, sentinel in enumerate(sentinels[: shape.spans]):
-        inputs += [segments[2 * span], [sentinel]]
-        targets += [[sentinel], segments[2 * span + 1]]
+    for span in range(shape.spans):
+        sentinel = sentinels[span : span + 1]
+        inputs += [segments[2 * span], sentinel]
+        targets += [sentinel, segments[2 * span + 1]]
     return np.concatenate([*inputs, [eos]]), np.concatenate([*targets, [eos]])
 
 
@@ -96,8 +98,8 @@ def pretrain(
 ) -> list[tuple[int, float]]:
     """Train `model` in place on the stream `tokens` (n_tokens,); returns (step, loss) of about a hundred steps.
 
-    Same seed, device kind, threads and versions: same weights, bit for bit. BwskError if the stream is too short for
-    one example or the tokenizer has too few sentinels.
+    The same seed, device kind, threads and versions give bit-identical weights. BwskError if the stream is too short
+    for one example or the tokenizer has too few sentinels.
     """
     shape = corruption(base.input_length, base.noise_density, base.mean_span_length)
     if shape.spans > len(sentinels):
@@ -112,7 +114,8 @@ def pretrain(
         )
     generator = np.random.default_rng(seed)
     marks, eos = np.array(sentinels), int(model.config.eos_token_id)
-    model.to(device).eval()  # in eval mode dropout is off, gradients are not
+    move(model, device)
+    model.eval()  # turns dropout off, but not gradients
     optimizer = torch.optim.AdamW(model.parameters(), lr=base.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, base.steps))
     curve: list[tuple[int, float]] = []

@@ -2,10 +2,10 @@
 
     with progress(total, "train finetune-conventional", unit="step") as bar:
         bar.advance(1)
-        bar.advance(1, loss=3.21)        # fields are shown until they are given again
+        bar.advance(1, loss=3.21)        # fields are shown until they are replaced
 
-Everything goes to standard error. Fields are plain numbers or texts that the caller already has: the helper never
-reads a tensor, so showing progress does not make a device wait.
+Everything goes to standard error. Fields are plain numbers or texts that the caller already has. No tensor is read, so
+showing progress never waits for a device.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Bar:
         self._show()
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar; for events like a saved checkpoint."""
+        """Print a separate line, above the bar, for events like a saved checkpoint."""
         print(f"{self.description}: {text}", file=self._file, flush=True)
 
     @property
@@ -72,7 +72,7 @@ class Bar:
         return pace
 
     def _close(self, finished: bool) -> None:
-        # The last line says where the step ended, also when it ended by an exception.
+        # The last line shows where the step ended, also after an exception.
         if self._printed_done != self.done:
             self._print(time.monotonic())
         if finished:
@@ -100,8 +100,8 @@ class _TerminalBar(Bar):
         from rich.text import Text
 
         console = Console(file=file)
-        # In a narrow window the details alone are cut, at its edge: the only column that may be made narrower, of a
-        # text that does not wrap (a bar of two lines is redrawn as garbage).
+        # In a narrow window only the details are cut. No column wraps, because a bar of two lines is redrawn as
+        # garbage.
         self._details = Text("", no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -150,7 +150,7 @@ def progress(
 def _is_terminal(file: TextIO) -> bool:
     try:
         from rich.console import Console
-    except ImportError:  # a bare GPU machine, where nothing but lines is wanted
+    except ImportError:  # a bare GPU machine, where plain lines suffice
         return False
     console = Console(file=file)
     return console.is_terminal and not console.is_dumb_terminal

@@ -1,7 +1,7 @@
 """Which parameters, source and inputs an artifact was made from, and with which versions.
 
-A step's *identity* is what decides its output: the parameters that it reads and the digest of the code that it can
-run. Snakemake reruns a step when its identity changes, each artifact stores the identity it was made with, and the
+A step's *identity* determines its output: the parameters that it reads and the digest of the code that it can run.
+Snakemake reruns a step when its identity changes. Each artifact stores the identity that it was made with, and the
 steps that publish refuse an artifact whose identity is no longer the study's.
 """
 
@@ -33,11 +33,11 @@ class Step:
     without: tuple[str, ...] = ()
 
 
-# The reversible engine, as those that run it import it: inside functions.
+# The reversible engine, which is imported inside the functions that run it.
 _ENGINE = ("reversible.handle", "reversible.plan")
 
-# A step for each mode of what differs by it: what one mode cannot run is no source of its variants. Which parameters
-# a training reads depends on its variant (see `identity`).
+# Steps that differ by mode have an entry for each, so that code that a mode cannot run does not count for its variants.
+# Which parameters a training reads depends on its variant (see `identity`).
 STEPS = {
     "corpus": Step(("study.corpus",), ("corpus",)),
     "tokenizer": Step(("study.tokenizer",), ("tokenizer",)),
@@ -56,16 +56,18 @@ STEPS = {
     "card": Step(("study.card", "study.results", "study.staleness"), ("study", "variants")),
     "check": Step(("study.check",), ("study", "variants")),
 }
-# What decides nothing about an artifact: what is said here about a step is compared as such, and bars are only shown.
+# Modules that cannot change an artifact: what is declared here is compared separately, and progress is only shown.
 UNCOUNTED = ("study.provenance", "study.source_digest", "study.progress")
-SOURCE_FILES = tuple(PACKAGE / "study" / name for name in ("provenance.py", "source_digest.py"))  # that make digests
+SOURCE_FILES = tuple(
+    PACKAGE / "study" / name for name in ("provenance.py", "source_digest.py")
+)  # the code that computes digests
 _SOURCE = Source(PACKAGE)
 
 
 def identity(params: Params, step: str, variant: str | None = None) -> dict[str, Any]:
-    """`{"params": …, "source": sha256}` of a step; for `train`, only what this variant's training reads.
+    """`{"params": …, "source": sha256}` of a step; for `train`, only the parameters that this variant reads.
 
-    A change of `lr_scratch` therefore does not touch the fine-tuned variants, nor `budget` any but the reversible.
+    So a change of `lr_scratch` does not affect the fine-tuned variants, and `budget` affects the reversible ones only.
     """
     if step == "train":
         assert variant is not None
@@ -87,20 +89,20 @@ def identity(params: Params, step: str, variant: str | None = None) -> dict[str,
         effective = {section: dumped[section] for section in STEPS[step].sections}
         if step == "base":
             if params.base.source == "pretrain":
-                effective["threads"] = params.train.threads  # bits depend on it
+                effective["threads"] = params.train.threads  # the exact bits depend on it
             else:
-                del effective["seed"]  # nothing is drawn
+                del effective["seed"]  # nothing is random
     return {"params": effective, "source": source_digest(step)}
 
 
 @cache
 def source_digest(step: str, source: Source = _SOURCE) -> str:
-    """sha256 of the code that this step of `STEPS` can run (`source_digest.py` says what of it counts)."""
+    """sha256 of the code that this step of `STEPS` can run (see `source_digest.py`)."""
     return source.digest(STEPS[step].modules, (*STEPS[step].without, *UNCOUNTED))
 
 
 def source_files(step: str, source: Source = _SOURCE) -> list[Path]:
-    """The files that this code lies in."""
+    """The files of that code."""
     return source.files(STEPS[step].modules, (*STEPS[step].without, *UNCOUNTED))
 
 
@@ -111,7 +113,7 @@ def write_digests(folder: Path) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the libraries that decide numbers; None for what is not installed."""
+    """Versions of Python and of the libraries that affect numbers; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("bwsk", "torch", "transformers", "tokenizers", "safetensors", "numpy"):
         try:

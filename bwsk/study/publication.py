@@ -27,7 +27,7 @@ S_MODULES, K_MODULES, LEAF_MODULES = 134, 56, 190
 # Rows of the corpus, blank ones included; and the training blocks that 1,386 steps of batch 4 an epoch allow.
 ROWS = MappingProxyType({"train": 36_718, "validation": 3_760, "test": 4_358})
 TRAIN_BLOCKS = range(5_541, 5_545)
-# One float32 copy of the weights in MiB, by which the published peaks are too large.
+# One float32 copy of the weights in MiB: the amount by which the published peaks are too large.
 LEAKED_MIB = PARAMETERS * 4 / MIB
 # The framework's own second benchmark, of training steps alone (300 steps, RTX 5080), in seconds. It has no leak and
 # peaks at 1982.85 and 1176.84 MiB, which confirms the arithmetic.

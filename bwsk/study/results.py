@@ -1,7 +1,7 @@
 """`results/results.json`: all results of a study in one strict JSON file, with a verdict per published claim.
 
-It is a pure function of `params.yaml`, the artifacts of the earlier steps and this source: collecting again gives the
-same bytes. Absent numbers are null, never 0 (there is no measured peak on a CPU).
+It is a pure function of `params.yaml`, the artifacts of the earlier steps and this source, so collecting again gives a
+byte-identical file. Absent numbers are null, never 0 (there is no measured peak on a CPU).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def gather(params: Params, study: Path) -> dict[str, Any]:
     results["differences"] = differing
     results["comparable"] = params.study.published is not None and not differing
     results["claims"] = judge(params, results)
-    # Provenance goes to the end of the file: it is long, and few read it.
+    # Provenance goes to the end of the file, because it is long and rarely read.
     results["provenance"] = results.pop("provenance")
     return results
 

@@ -1,4 +1,4 @@
-"""When things happen in a training run: learning rate, epochs, validations, checkpoints. Pure functions of the step.
+"""The schedule of a training run: learning rate, epochs, validations, checkpoints. Pure functions of the step.
 
 A step t (0-based) of T has the learning rate lr * f(t), with W = floor(warmup * T) warm-up steps:
 

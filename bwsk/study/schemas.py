@@ -14,7 +14,7 @@ from bwsk.study.repository import WORKFLOW
 def read_checked(path: Path, schema: str, part: str | None = None) -> dict[str, Any]:
     """The JSON object in `path`, valid by `workflow/schemas/<schema>.schema.json` (or by one of its `$defs`).
 
-    BwskError of one line that names the file, the key and what was found.
+    Raises a one-line BwskError that names the file, the key and what was found.
     """
     value = read_json(path)
     error = next(iter(sorted(_validator(schema, part).iter_errors(value), key=_depth_first)), None)

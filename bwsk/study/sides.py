@@ -36,7 +36,7 @@ def _of_file(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except BwskError:
-        # Not its advice, to delete the file and run again: here any file may have been named.
+        # Its advice to delete the file does not apply, because the user may have named any file.
         raise BwskError(f"{path}: not the results.json of a study (no JSON object); name another") from None
 
 

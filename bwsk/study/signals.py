@@ -1,4 +1,4 @@
-"""How a training run is asked to stop: SIGTERM from a cluster, SIGINT from a keyboard."""
+"""Signals that ask a training run to stop: SIGTERM from a cluster, SIGINT from a keyboard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Remembers the first signal, for the run to stop where a checkpoint can be written; a second one stops at once."""
+    """Remembers the first signal, so that the run stops where it can write a checkpoint; a second one stops at once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -26,7 +26,7 @@ class StopSignal:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """For as long as the block runs; afterwards the signals do what they did before."""
+        """Handle the signals while the block runs, and restore their handlers afterwards."""
         previous = {number: signal.signal(number, self._came) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield

@@ -1,8 +1,8 @@
-"""The digest of the code that a step can run: what it computes with, not how it is written down.
+"""The digest of the code that a step can run, independent of how that code is written down.
 
-A step's code is its modules and all that they import from bwsk, directly or not. Each of them counts as its syntax
-tree without what cannot change a result: comments, docstrings, type hints, the text of messages. Neither does it
-matter in which file code stands: an imported name counts by the content of the module that it comes from.
+A step's code is its modules and everything that they import from bwsk, directly or not. Each module counts as its
+syntax tree without what cannot change a result: comments, docstrings, type hints, the text of messages. It does not
+matter which file code is in, because an imported name counts by the content of the module that it comes from.
 
 Only the standard library is used here, and the digest is the same under every Python that bwsk supports.
 """
@@ -14,20 +14,20 @@ import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-# Decorators that do not look at the annotations of what they decorate; any other may, so that these then count.
+# Decorators that ignore annotations; under any other decorator, annotations count.
 _PLAIN = {"abstractmethod", "cache", "classmethod", "contextmanager", "property", "staticmethod"}
-# What is called with texts for somebody to read; so is every class whose name ends in Error.
+# Functions whose text arguments are for people to read, as are those of every class whose name ends in Error.
 _TELLS = {"print", "progress", "say", "_say", "warn"}
-_ABOUT = {"description", "title"}  # of a field of params.yaml: for its schema and for who reads it
+_ABOUT = {"description", "title"}  # arguments of a field of params.yaml that only document it
 _MESSAGE = "a message"
 Imported = tuple[str, str, str | None]  # local name, module, attribute of it
 
 
 @dataclass(eq=False)
 class Source:
-    """The source of the package in folder `package`, as it was when first looked at."""
+    """The source of the package in folder `package`, as it was when first read."""
 
     package: Path
     _modules: dict[Path, _Module] = field(default_factory=dict)
@@ -81,9 +81,9 @@ class Source:
         return self._modules[path]
 
     def _digest(self, path: Path, cut: set[Path]) -> str:
-        """Of a module's content and of what each imported name stands for: a name in another module's content.
+        """Digest of a module's content and of the origin of each imported name.
 
-        Without the latter, it would change nothing to import another module's function of the same name if both
+        Without the origins, importing a function of the same name from another module would change nothing if both
         modules are part of the source anyway.
         """
         module = self._module(path)
@@ -91,7 +91,7 @@ class Source:
         return _sha256((module.content, *sorted(bound, key=ascii)))
 
     def _origin(self, module: str, attribute: str | None, cut: set[Path]) -> tuple[str, str | None]:
-        """A module of the package by its content, which is the same wherever it lies; any other by its name."""
+        """A module of the package by its content, which does not depend on its path; any other by its name."""
         first, *parts = module.split(".")
         if first != self.package.name:
             return module, attribute
@@ -103,10 +103,10 @@ class Source:
 
 
 class _Module:
-    """What counts of a module.
+    """The parts of a module that count.
 
-    `content`: sha256 of its syntax tree without imports, `bound`: (number of the block, name, module, attribute) of
-    each import that counts, `imports`: all that it imports. `counts`: there is anything.
+    `content`: sha256 of its syntax tree without imports. `bound`: (number of the block, name, module, attribute) of
+    each import that counts. `imports`: everything that it imports. `counts`: whether anything counts.
     """
 
     def __init__(self, tree: ast.Module) -> None:
@@ -117,15 +117,16 @@ class _Module:
         code = self._body(tree.body)
         self.content = _sha256(code)
         self.imports = _imports(tree)
-        # Imported for type hints or messages alone: named in the file, but nowhere that counts.
+        # Names imported for type hints or messages alone, which appear in the file but nowhere that counts.
         unneeded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - self.names
         self.bound = [entry for entry in bound if entry[1] not in unneeded and entry[2] != "__future__"]
         self.counts = bool(code or self.bound)
 
     def _body(self, body: list[ast.stmt], of_class: bool = False) -> tuple[Any, ...]:
-        """The statements of a block as nested tuples: `ast.dump` prints other text in every Python."""
+        """The statements of a block as nested tuples, because `ast.dump` differs between Python versions."""
         self.blocks += 1
-        block, counted = self.blocks, []
+        block = self.blocks
+        counted: list[Any] = []
         for node in body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self.bound += [(block, *name) for name in _names(node)]
@@ -152,7 +153,7 @@ class _Module:
     def _node(
         self, node: ast.AST, leave: Collection[str] = (), hints: bool = True, of_class: bool = False
     ) -> tuple[Any, ...]:
-        """(class, (field, value), …). What is absent or empty is left out: newer Pythons have more of such fields."""
+        """(class, (field, value), …), without empty fields, because newer versions of Python add such fields."""
         counted: list[tuple[str, Any]] = []
         for name, value in ast.iter_fields(node):
             if value is None or value == [] or name in leave or name == "type_comment":
@@ -205,7 +206,7 @@ class _Module:
         if name == "Field":
             keywords = [keyword for keyword in keywords if keyword.arg not in _ABOUT]
         tells = name.endswith("Error") or (name in _TELLS and not _writes(node))
-        value = self._told if tells else self._value
+        value = self._message if tells else self._value
         return (
             "Call",
             self._value(node.func),
@@ -213,22 +214,22 @@ class _Module:
             tuple((keyword.arg, value(keyword.value)) for keyword in keywords),
         )
 
-    def _told(self, node: ast.expr) -> Any:
-        """An argument of a message: its texts do not count, nor what is computed to fill them in."""
+    def _message(self, node: ast.expr) -> Any:
+        """An argument of a message, whose texts and interpolated values do not count."""
         if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
             return _MESSAGE
         if isinstance(node, ast.BinOp):
-            return ("BinOp", self._told(node.left), self._value(node.op), self._told(node.right))
+            return ("BinOp", self._message(node.left), self._value(node.op), self._message(node.right))
         if isinstance(node, ast.IfExp):
-            return ("IfExp", self._value(node.test), self._told(node.body), self._told(node.orelse))
+            return ("IfExp", self._value(node.test), self._message(node.body), self._message(node.orelse))
         return self._value(node)
 
     def _pieces(self, node: ast.JoinedStr) -> Iterator[Any]:
-        """The parts of an f-string; Pythons differ in where they cut its literal text."""
+        """The parts of an f-string; Python versions differ in how they split its literal text."""
         text = ""
         for piece in node.values:
             if isinstance(piece, ast.Constant):
-                text += piece.value
+                text += str(piece.value)
                 continue
             if text:
                 yield text
@@ -278,7 +279,7 @@ def _writes(node: ast.Call) -> bool:
     return any(keyword.arg == "file" and _name(keyword.value) != "stderr" for keyword in node.keywords)
 
 
-def _is_function(node: ast.AST) -> bool:
+def _is_function(node: ast.AST) -> TypeGuard[ast.FunctionDef | ast.AsyncFunctionDef]:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 

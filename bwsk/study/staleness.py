@@ -1,8 +1,8 @@
-"""The stale guard: whether the artifacts of a study are those of its present parameters, inputs, files and source.
+"""Staleness checks: whether a study's artifacts belong to its current parameters, inputs, files and source.
 
-Snakemake and DVC decide what to rerun; either can be bypassed, and a copied, restored or edited file can be newer than
-it is current. So each artifact carries the identity it was made with and the hashes of what it was made from, and
-what is published is compared with them once more. A refusal names the artifact and the difference.
+Snakemake and DVC decide what to rerun, but either can be bypassed, and a copied, restored or edited file can have a new
+modification time and outdated content. So each artifact stores its identity and the hashes of its inputs, which are
+compared once more before publication. The error names the artifact and the difference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bwsk.study.params import SPLITS, Params
 from bwsk.study.provenance import identity
 from bwsk.study.schemas import read_checked
 
-# Step -> its artifact, in the order in which they are made: the first stale one explains those after it.
+# Step -> its artifact, in the order in which they are made, because the first stale one explains those after it.
 UPSTREAM = {
     "corpus": "build/corpus/corpus.json",
     "tokens": "build/tokens/tokens.json",
@@ -45,8 +45,8 @@ def current_training(
 ) -> dict[str, Any]:
     """A variant's training_results.json; BwskError if the variant is missing or stale.
 
-    Compared are parameters, source, the hashes of `model.safetensors`, configuration and tokenizer as they lie there
-    and, with `inputs` (what `current_inputs` returns), the tokens and the base checkpoint that it was trained on.
+    It compares parameters, source, and the hashes of `model.safetensors`, configuration and tokenizer. With `inputs`
+    (from `current_inputs`) it also compares the tokens and the base checkpoint that the variant was trained on.
     """
     folder = study / "results" / variant
     target = f"results/{variant}/model.safetensors"
@@ -80,7 +80,7 @@ def current_evaluation(params: Params, study: Path, variant: str, training: dict
 
 
 def current_results(params: Params, study: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """`results` (what results.json says) unchanged; BwskError if it was collected from other parameters or source."""
+    """`results` (of results.json) unchanged; BwskError if they were collected from other parameters or source."""
     made_with = {"params": results["parameters"], "source": results["provenance"]["identity"]["source"]}
     now = {"params": params.model_dump(mode="json"), "source": identity(params, "results")["source"]}
     if change := difference(made_with, now):
@@ -90,7 +90,7 @@ def current_results(params: Params, study: Path, results: dict[str, Any]) -> dic
 
 
 def difference(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
-    """What sets a stored identity apart from the current one, in words; None if they are the same."""
+    """The difference between a stored identity and the current one, in words; None if they are equal."""
     before, now = flat(stored["params"]), flat(current["params"])
     changes = [
         f"{_key(key, before)} was {_shown(before, key)}, is {_shown(now, key)}"
@@ -111,7 +111,7 @@ def present(study: Path, path: str) -> Path:
 
 
 def force(target: str) -> str:
-    """The command that makes one artifact anew, whatever its timestamps say."""
+    """The command that remakes one artifact regardless of timestamps."""
     return f"snakemake --cores 1 --force {target}"
 
 
@@ -142,7 +142,7 @@ def _existing(study: Path, path: str, part: str) -> dict[str, Any]:
 
 
 def _key(key: str, params: dict[str, Any]) -> str:
-    """The key as params.yaml has it: a variant's identity knows its own learning rate as `train.lr`."""
+    """The key as in params.yaml; a variant's identity has its own learning rate as `train.lr`."""
     return f"train.lr_{params.get('init', 'finetune')}" if key == "train.lr" else key
 
 

@@ -1,4 +1,4 @@
-"""The range of versions that the tests were run with: pyproject.toml's lower bounds, and the newest ones."""
+"""The range of versions that the tests cover: from pyproject.toml's lower bounds to the newest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import bwsk
 
-# `make test-newest` has passed with these (Python: `make test-lowest`). Patch releases are not told apart.
+# `make test-newest` has passed with these (Python: `make test-lowest`). Patch releases are not distinguished.
 NEWEST = {
     "Python": "3.12",
     "torch": "2.14",
@@ -24,13 +24,13 @@ NEWEST = {
 
 
 def floors() -> dict[str, str]:
-    """The lowest versions that this package asks for, of those in `NEWEST`; empty where nothing says so."""
+    """The lowest versions that this package requires, of those in `NEWEST`; empty if its requirements are unknown."""
     found = (re.match(r"([\w.-]+)>=([\d.]+)", line) for line in _asked())
     return {match[1]: match[2] for match in found if match and match[1] in NEWEST}
 
 
 def _asked() -> list[str]:
-    """The requirements as a checkout says, or else as the package was installed with."""
+    """The requirements in the checkout's pyproject.toml, or else in the installed package's metadata."""
     checkout = Path(bwsk.__file__).parents[1] / "pyproject.toml"
     if checkout.is_file():
         project = tomllib.loads(checkout.read_text(encoding="utf-8"))["project"]
@@ -47,7 +47,7 @@ def _asked() -> list[str]:
 
 
 def installed() -> dict[str, str]:
-    """The versions that are here, of what is in `NEWEST`."""
+    """The installed versions of the packages in `NEWEST`."""
     found = {"Python": platform.python_version()}
     for name in NEWEST:
         try:
@@ -58,7 +58,7 @@ def installed() -> dict[str, str]:
 
 
 def outside() -> Iterator[tuple[str, str, str]]:
-    """What is installed outside of the tested range: name, what was found, what to do."""
+    """Installed packages outside of the tested range: name, what was found, what to do."""
     lowest = floors()
     for name, version in installed().items():
         if _release(version) > _release(NEWEST[name]):

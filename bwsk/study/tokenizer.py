@@ -30,13 +30,13 @@ SENTINELS = 100
 def make_tokenizer(params: Params, corpus: Path | None, out: Path) -> dict[str, Any]:
     """Store the tokenizer of `params.tokenizer` as `out/tokenizer.json` and `out/tokenizer_config.json`.
 
-    `corpus` is what `make_corpus` stored, needed only to train. Returns what `out/info.json` says: name, vocabulary
-    size (largest id + 1), ids of pad and eos, sha256 of `tokenizer.json`. BwskError on an unusable source.
+    `corpus` is what `make_corpus` stored, needed only to train. Returns the content of `out/info.json`: name,
+    vocabulary size (largest id + 1), ids of pad and eos, sha256 of `tokenizer.json`. BwskError on an unusable source.
     """
     with atomic_directory(out) as folder:
         match params.tokenizer:
             case HubTokenizer(id=name, revision=revision):
-                # config.json tells which class an older repository's tokenizer is of.
+                # config.json names the class of an older repository's tokenizer.
                 source = hub.fetch("tokenizer", name, revision, [*FILES, "config.json"], INSTEAD)
                 tokenizer = _load(source, f"tokenizer {name}")
             case DirectoryTokenizer(path=path):

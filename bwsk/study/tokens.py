@@ -100,7 +100,7 @@ def count_text(path: Path, tokenizer: Path, separator: str, block: int, window: 
 
 
 def load_tokens(directory: Path, split: str) -> np.ndarray:
-    """The stored token ids (n_tokens,) of a split, memory-mapped read-only; BwskError if not as in `tokens.json`."""
+    """The stored token ids (n_tokens,) of a split, memory-mapped read-only; BwskError if `tokens.json` differs."""
     path = directory / f"{split}.npy"
     info = read_json(directory / "tokens.json")
     again = "run the tokens step again"
@@ -135,8 +135,7 @@ def windows(n_tokens: int, window: int, stride: int) -> np.ndarray:
 def unigram_perplexity(counts: np.ndarray, tokens: np.ndarray) -> float:
     """exp of the mean NLL of `tokens` under p(t) = (counts[t] + 1) / Σ(counts + 1); counts: (vocabulary,).
 
-    What a model reaches that knows how frequent each token is and nothing else: a model that learned anything from
-    its context is below it.
+    A model reaches this if it knows only how frequent each token is. A model that learns from context is below it.
     """
     log_p = np.log(counts + 1.0) - math.log(float(np.sum(counts + 1.0)))
     return float(np.exp(-np.mean(log_p[tokens])))

@@ -2,13 +2,14 @@
 
 AdamW (decoupled weight decay on everything, fused kernel), linear warm-up then cosine (`schedule`), gradient clipping
 by global norm, autocast with float32 weights (float16 with a gradient scaler), validation by the published perplexity,
-early stopping, the best model kept. The modes differ by their mode alone:
+early stopping, and the best model as the result. Variants of one initialisation differ in their mode alone:
 
-    conventional      as is
+    conventional      stock training
     bwsk-analyzed     the same, plus the S/K census and the erasure measured at each validation
-    bwsk-reversible   the same gradients, bit for bit, with less memory (`reversible`)
+    bwsk-reversible   bit-identical gradients with less memory (`reversible`)
 
-The hot loop does not wait for the device: losses and gradient norms stay there until a point of the loss curve is due.
+The training loop does not wait for the device: losses and gradient norms stay there until a point of the loss curve is
+due.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
 from bwsk.study.checkpoint import Checkpoints, optimizer_state, random_states, restore_optimizer, restore_random_states
 from bwsk.study.cpu_tuning import give_back_freed_memory, keep_freed_memory
 from bwsk.study.device import autocast, check_precision, configure, device_name
-from bwsk.study.model import initial_model, load_weights, save_variant, split_block, weights
+from bwsk.study.model import (
+    embedding_count,
+    initial_model,
+    load_weights,
+    move,
+    save_variant,
+    split_block,
+    weights,
+)
 from bwsk.study.non_finite import first_not_finite, should_abort
 from bwsk.study.params import SPLITS, Params
 from bwsk.study.perplexity import evaluation_starts, published_perplexity
@@ -76,10 +85,11 @@ class Run:
         self.schedule = Schedule(train, len(self.blocks))
 
         self.model = initial_model(self.init, inputs.base, params.seed)
-        vocabulary = self.model.get_input_embeddings().num_embeddings
+        vocabulary = embedding_count(self.model)
         if (largest := max(int(self.tokens[split].max()) for split in SPLITS)) >= vocabulary:
             raise BwskError(f"{inputs.tokens}: found token {largest}, the model's vocabulary has {vocabulary}")
-        self.model.to(device).train()
+        move(self.model, device)
+        self.model.train()
         if "fp16" in (train.precision, params.evaluate.precision):
             keep_projection_out_of_float16(self.model)
         self.reversible = None
@@ -112,7 +122,7 @@ class Run:
         """Train until the last step or an early stop. Raises `Interrupted` after a signal, checkpoint written."""
         state, schedule = self.state, self.schedule
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # of the training alone: not of loading, nor of a run before this one
+            torch.cuda.reset_peak_memory_stats()  # count training only, not loading or an earlier run
         with (
             self.stop.watched(),
             progress(schedule.total_steps, f"train {self.variant}", unit="step", start=state.step) as bar,
@@ -213,7 +223,7 @@ class Run:
         value = self._perplexity("validation", on_batch)
         bar.advance(0, validation="done", perplexity=value)
         if state.note_validation(value, self.params.train.patience):
-            # On the host: on the device a second model would count as training memory.
+            # On the host, because a second model on the device would count as training memory.
             self.best = {name: tensor.to("cpu", copy=True) for name, tensor in weights(self.model).items()}
         if self.meter is not None:
             batch = split_block(self.blocks[self.schedule.batch(state.step - 1, self.params.seed)], self.device)
@@ -287,14 +297,14 @@ class Run:
         train, state = self.params.train, self.state
         run = self
         if any(not bool(tensor.isfinite().all()) for tensor in weights(self.model).values()):
-            # Without a scaler the step has spoilt the weights: the same steps again, from the last checkpoint.
-            self.model.to("cpu")
+            # Without a scaler the step has corrupted the weights: repeat the steps from the last checkpoint.
+            move(self.model, "cpu")
             root = self.checkpoints.folder.parent
             run = Run(self.params, self.variant, self.inputs, root, self.device, say=lambda text: None)
             while run.state.step < step - 1:
                 run._step()
         if run.reversible is not None:
-            run.reversible.undo()  # the same numbers, in modules that can be watched
+            run.reversible.undo()  # stock modules compute the same numbers and can be hooked
 
         def loss_of_step() -> Tensor:
             batch = split_block(run.blocks[run.schedule.batch(step - 1, run.params.seed)], run.device)

@@ -1,4 +1,4 @@
-"""What a training run has done so far."""
+"""The state of a training run: its counters and curves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """Counters and curves of a run, as strict JSON; with the tensors of a checkpoint it is all there is to a run."""
+    """Counters and curves of a run, as strict JSON; together with a checkpoint's tensors it determines the run."""
 
     step: int = 0
     validated_step: int = 0
@@ -39,19 +39,19 @@ class TrainState:
         """The losses of the latest steps, and the time that they took together."""
         self.training_time_s += seconds
         self.step_times_s.append(seconds / len(losses))
-        finite = [loss for loss in losses if math.isfinite(loss)]  # the others are counted, and are no JSON
+        finite = [loss for loss in losses if math.isfinite(loss)]  # the others are counted, and have no JSON
         self.pending_losses += finite
         self.last_loss = finite[-1] if finite else self.last_loss
 
     def close_point(self) -> None:
-        """A point of the loss curve: the mean of the losses since the last one, at the step that is reached."""
+        """Add a point to the loss curve: the mean of the losses since the last one, at the current step."""
         if self.pending_losses:
             self.train_loss_steps.append(self.step)
             self.train_loss_curve.append(statistics.fmean(self.pending_losses))
             self.pending_losses = []
 
     def note_validation(self, perplexity: float, patience: int) -> bool:
-        """A point of the validation curve; True if it is the best so far. `patience` worse ones stop the run early."""
+        """Add a point to the validation curve; True if it is the best so far. `patience` worse ones stop the run."""
         self.val_steps.append(self.step)
         self.val_perplexity_curve.append(perplexity)
         if self.best_perplexity is None or perplexity < self.best_perplexity:
@@ -76,8 +76,8 @@ class TrainState:
         return ("gradient" if skipped else None), self.skipped_in_a_row
 
     def figures(self, tokens_per_step: int) -> dict[str, Any]:
-        """What a variant's results say of its training, under the published names."""
-        times = self.step_times_s  # of one point there is no spread to tell
+        """The training figures of a variant's results, under the published names."""
+        times = self.step_times_s  # a single point has no spread
         low, step_time_s, high = statistics.quantiles(times, method="inclusive") if times[1:] else times * 3
         return {
             "final_train_loss": self.last_loss,
@@ -102,7 +102,7 @@ class TrainState:
         }
 
     def write_curves(self, folder: Path) -> None:
-        """train.csv (step, loss) and validation.csv (step, perplexity), every digit of the numbers."""
+        """train.csv (step, loss) and validation.csv (step, perplexity), with all digits."""
         _write_csv(folder / "train.csv", "loss", self.train_loss_steps, self.train_loss_curve)
         _write_csv(folder / "validation.csv", "perplexity", self.val_steps, self.val_perplexity_curve)
 
