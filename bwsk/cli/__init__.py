@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 # One module per group of commands; importing it registers its commands, in the order that `bwsk --help` shows.
 GROUPS = ("models", "memory", "data", "study", "publish", "versions", "tools")
@@ -20,7 +20,7 @@ def main() -> None:
     """Run the `bwsk` command with `sys.argv`; exits the process."""
     try:
         _main()
-    except KeyboardInterrupt:  # before or after a command; within one, typer handles it with the same status
+    except KeyboardInterrupt:  # outside of a command; within one, typer exits with the same status
         sys.exit(128 + signal.SIGINT)
 
 
@@ -31,16 +31,17 @@ def _main() -> None:
     from bwsk.errors import BwskError
 
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # do not fail in a locale that lacks a dash
+        stream.reconfigure(errors="backslashreplace")  # do not fail in a locale without these characters
 
     os.umask(os.umask(0o022) | 0o002)  # outputs must not be world-writable: `bwsk check` would refuse them
     for group in GROUPS:
         import_module(f"bwsk.cli.{group}")
+    usage_error = cast(type[Exception], typer.BadParameter.__base__)  # UsageError has no public name in typer
     try:
         # Not standalone, where typer draws its errors as boxes.
         status = app(sys.argv[1:] or ["--help"], prog_name="bwsk", standalone_mode=False)
         sys.exit(status if sys.argv[1:] else 2)
-    except typer.BadParameter.__base__ as error:  # UsageError, for which typer has no public name
+    except usage_error as error:
         print(f"bwsk: error: {_usage(error)}", file=sys.stderr)
         sys.exit(2)
     except BwskError as error:
@@ -75,7 +76,7 @@ def _usage(error: Any) -> str:
         error.message = f"found {first['input']!r:.80}, must {rule}"
     found = " ".join(error.format_message().split()).removeprefix("Invalid value for ")
     found = found.rstrip(".?").replace("'. Did", "', did")
-    # If an option has no value or one too many, typer does not say which command it was: the first word.
+    # If an option has no value or one too many, typer does not name the command, which is the first word.
     words = ["bwsk", *(word for word in sys.argv[1:2] if not word.startswith("-"))]
     command = error.ctx.command_path if error.ctx else " ".join(words)
     return f"{found[0].lower()}{found[1:]}; see: {command} --help"

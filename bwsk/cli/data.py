@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -100,7 +100,7 @@ def base(
     typer.echo(f"base {info['name']}: {info['parameters']:,} parameters, sha256 {info['sha256'][:12]}")
 
 
-def _table(rows: list[tuple[str, dict]]) -> None:
+def _table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     """Print a table of counts per split or file."""
     from bwsk.cli.output import console, numbers, table
 

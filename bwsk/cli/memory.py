@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from bwsk.cli.app import MODELS, app
@@ -89,7 +91,7 @@ def memory(
     from bwsk.units import MIB, size_in_bytes
 
     config = load_config(model)
-    step = {
+    step: dict[str, Any] = {
         "input_length": input_length,
         "target_length": target_length,
         "mode": mode,

@@ -80,15 +80,8 @@ def _print_census(source: str, name: str, chosen: Any, other: Any) -> None:
     numbers(shown, "S", "K", "GRAY", "S share", "K share")
     for census in (chosen, other):
         style = "bold" if census is chosen else ""
-        cells = (
-            census.rules,
-            str(census.s),
-            str(census.k),
-            str(census.gray),
-            _percent(census.s_ratio),
-            _percent(census.k_ratio),
-        )
-        shown.add_row(*cells, style=style)
+        numbers_of = (str(census.s), str(census.k), str(census.gray))
+        shown.add_row(census.rules, *numbers_of, _percent(census.s_ratio), _percent(census.k_ratio), style=style)
     out.print(shown, "")
 
     shown = table("", title=f"by kind, {chosen.rules} rules")

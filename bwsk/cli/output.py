@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,11 +28,11 @@ def table(*headings: str, title: str | None = None, show_header: bool = True) ->
 
 def numbers(shown: Table, *headings: str) -> None:
     """Add right-aligned columns that never wrap; aligned at the bottom if a heading has two lines."""
+    vertical: Literal["bottom", "top"] = "bottom" if any("\n" in heading for heading in headings) else "top"
     for heading in headings:
-        vertical = "bottom" if any("\n" in other for other in headings) else "top"
         shown.add_column(heading, justify="right", no_wrap=True, vertical=vertical)
 
 
 def say(out: Console, text: str) -> None:
-    """Print a line of prose; it wraps between words on a terminal and not at all in a log."""
+    """Print a line of prose, wrapped between words on a terminal and not wrapped in a log."""
     out.print(text, markup=False, soft_wrap=not out.is_terminal)

@@ -53,23 +53,22 @@ def train(
     lock = wait_lock(checkpoints / f"{variant}.lock", f"{variant}", say=_say)
     device = pick_device(gpus)
     free = free_memory(device)
+    results = None
     try:
         run = Run(params, variant, inputs, checkpoints / variant, device, say=_say)
-        if lock.waited and (results := finished(out, curves, run.provenance)):
-            _say(f"{variant}: trained meanwhile by the process that was waited for, from the same inputs; kept")
-        else:
+        results = finished(out, curves, run.provenance) if lock.waited else None
+        if results is None:
             run.run()
             results = run.finish(out, curves)
+        else:
+            _say(f"{variant}: trained meanwhile by the process that was waited for, from the same inputs; results kept")
     except Interrupted as interrupted:
         _say(str(interrupted))
         sys.exit(128 + interrupted.signum)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        oom = True
-    else:
-        oom = False
-    if oom:  # outside the handler, whose traceback keeps the tensors of the failed step alive
+    if results is None:  # out of memory; outside the handler, whose traceback keeps the failed step's tensors alive
         from transformers import AutoConfig
 
         from bwsk.study.out_of_memory import out_of_memory
@@ -108,15 +107,15 @@ def evaluate(
     from bwsk.study import evaluate as evaluation
     from bwsk.study.params import EvaluateParams, load_params
 
-    if (text is None) == (params_file is None):
-        raise BwskError("evaluate: give either --text FILE or --params FILE")
-    if text is not None:
+    if text is not None and params_file is None:
         settings = EvaluateParams(batch_size=batch_size, max_windows=max_windows)
         result = evaluation.evaluate_text(model, text, tokenizer or model, window, stride, settings, gpus)
-    else:
+    elif text is None and params_file is not None:
         result = evaluation.evaluate_variant(load_params(params_file), model, tokens, gpus)
         if metrics is not None:
             write_json(metrics, evaluation.metrics(result, read_json(model / "training_results.json")))
+    else:
+        raise BwskError("evaluate: give either --text FILE or --params FILE")
     evaluation_table(result["splits"])
     if json_file is not None:
         write_json(json_file, result)

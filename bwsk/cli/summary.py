@@ -1,4 +1,4 @@
-"""What `bwsk results` and `bwsk show` print of a study."""
+"""The summary of a study that `bwsk results` and `bwsk show` print."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bwsk.study.formats import ABSENT, compact, number, spread
 
 
 def print_results(collected: dict[str, Any]) -> None:
-    """Print which published claims hold and on what evidence, then the result table and what puts it in proportion."""
+    """Print which published claims hold and on what evidence, then the result table with notes for its context."""
     out = console()
     _print_claims(out, collected)
     shown = table()
@@ -42,15 +42,18 @@ def print_results(collected: dict[str, Any]) -> None:
         say(out, "~ predicted, not measured: the peak of a training step on a CUDA device")
     unigram = collected["tokens"]["splits"]["test"]["unigram_perplexity"]
     say(out, f"A unigram model of the training text has a test perplexity of {number(unigram, 1)} per token.")
-    say(out, f"All figures are of one run per variant on {devices(collected)}; another processor gives others.")
+    say(
+        out,
+        f"All figures are of one run per variant on {devices(collected)}; other processors give others.",
+    )
 
 
 def _print_claims(out: Console, collected: dict[str, Any]) -> None:
-    """A line per topic with its values (fine-tuned / from scratch), below it the verdicts and what they rest on."""
+    """A line per topic with its values (fine-tuned / from scratch), followed by the verdicts and their evidence."""
     title = f"{collected['study']['title']}: {collected['base']['name']} on {collected['corpus']['name']}"
     out.print(f"[bold]{escape(title)}[/bold]")
     say(out, f"Claims of {publication.REPOSITORY}: {verdicts(collected)}.")
-    # Why the study as a whole is not comparable; a reason of one topic alone is in its line.
+    # Why the study as a whole is not comparable; reasons for a single topic are in its line.
     if not collected["comparable"]:
         reason = next(claim["reason"] for claim in collected["claims"] if claim["verdict"] == "not comparable")
         say(out, f"{reason[0].upper()}{reason[1:]}.")

@@ -1,4 +1,4 @@
-"""What the commands plan, memory, evaluate and compare print."""
+"""The tables that the commands plan, memory, evaluate and compare print."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _groups(rows: list[PlanRow], full: bool) -> list[tuple[str, list[PlanRow]]]:
         modules.setdefault(row.module, []).append(row)
     if full:
         return list(modules.items())
-    alike: dict[tuple, list[str]] = {}
+    alike: dict[tuple[Any, ...], list[str]] = {}
     for name, found in modules.items():
         stack = name.replace(".block.", " block ").split(".layer.")
         key = (name.split(".")[0], stack[-1] if len(stack) > 1 else "", tuple((r.operation, *_facts(r)) for r in found))
@@ -137,7 +137,7 @@ def _groups(rows: list[PlanRow], full: bool) -> list[tuple[str, list[PlanRow]]]:
     return [(_joined(names), modules[names[0]]) for names in alike.values()]
 
 
-def _facts(row: PlanRow) -> tuple:
+def _facts(row: PlanRow) -> tuple[Any, ...]:
     return row.verdict, row.action, row.saved, row.flops
 
 

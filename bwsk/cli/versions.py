@@ -36,7 +36,7 @@ def source(
 ) -> None:
     """Print the digest of the code of each step.
 
-    A step that was made with another one is made again. Comments, docstrings, type hints and messages do not count.
+    A step whose digest has changed is rerun. Comments, docstrings, type hints and messages do not count.
     """
     from bwsk.study.provenance import STEPS, source_digest, write_digests
 
