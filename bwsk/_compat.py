@@ -1,16 +1,16 @@
-"""Every private name of torch and transformers that bwsk stands on, and nothing else: what a new release may break.
+"""Every private name of torch and transformers that bwsk depends on, and nothing else: what a new release may break.
 
-A name is private here if neither project documents it: an underscore, an internal module, a class that is told by its
-name. Each has one line, which says what needs it, and one test in `tests/unit/test_compat.py`, so that a release
-without it, or with another meaning for it, fails there and not in a gradient. All were seen in the versions of `SEEN`.
-What is missing is a `BwskError` of one line in what needs it, and a line of `bwsk doctor`.
+A name is private here if neither project documents it: an underscore, an internal module, a class recognised by its
+name. Each has one line that says what needs it, and one test in `tests/unit/test_compat.py`, so that a release without
+it, or with another meaning for it, fails there and not in a gradient. All exist in the versions of `SEEN`. A missing
+name raises a `BwskError` of one line where it is needed, and is a line of `bwsk doctor`.
 
-Objects are imported on first use (`from bwsk._compat import tree_leaves`), so this module itself costs nothing.
+Objects are imported on first use (`from bwsk._compat import tree_leaves`), so importing this module costs nothing.
 
-Used where they are, without a line here: a module's own dictionaries, which subclasses of `nn.Module` have worked with
-for years (`_modules`, `_parameters`, `_buffers`, `_forward_hooks` and its kin); the names of T5's submodules, which are
-those of its weights; the operators that specimens are evidence about; and the public functions of
-`torch.nn.functional` that are replaced while a step is predicted.
+Used elsewhere without a line here: a module's own dictionaries, which subclasses of `nn.Module` have worked with for
+years (`_modules`, `_parameters`, `_buffers`, `_forward_hooks` and its kin); the names of T5's submodules, which are
+those of its weights; the operators that witness cases are about; and the public functions of `torch.nn.functional` that
+are replaced while a step is predicted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _OBJECTS = {
     "tree_map_only": ("torch.utils._pytree.tree_map_only", "trace"),
     "flop_registry": ("torch.utils.flop_counter.flop_registry", "counting FLOPs"),
     "WeakIdKeyDictionary": ("torch.utils.weak.WeakIdKeyDictionary", "trace"),
-    # Operators that autograd dispatches: the reversible engine calls the same ones, for the same bits.
+    # Operators that autograd dispatches: the reversible engine calls the same ones, to be bit-identical.
     "native_dropout": ("torch.native_dropout", "make_reversible and trace"),
     "native_dropout_backward": ("torch.ops.aten.native_dropout_backward", "make_reversible"),
     "softmax_backward_out": ("torch.ops.aten._softmax_backward_data.out", "make_reversible"),
@@ -129,7 +129,7 @@ def __getattr__(name: str) -> Any:
 
 
 class Missing(NamedTuple):
-    """A name that the installed version lacks: what to say and to do, and whether bwsk gets along without."""
+    """A name that the installed version lacks: the finding, the advice, and whether bwsk works without it."""
 
     found: str
     advice: str
@@ -185,7 +185,7 @@ def _error(path: str, need: str) -> BwskError:
 
 
 def _attribute(path: str, need: str) -> Callable[..., Any]:
-    """A function that reads this attribute off its argument; a second argument is what it returns where there is none.
+    """A function that reads this attribute of its argument; a second argument is returned if there is no attribute.
 
     `path` is where every class or module of the kind has it.
     """
@@ -203,7 +203,7 @@ def _attribute(path: str, need: str) -> Callable[..., Any]:
 
 # --- torch ---
 
-# How often a tensor was written to: what changed between forward and backward must not be used again.
+# How often a tensor was written to: one that changed between forward and backward must not be used again.
 tensor_version = _attribute("torch.Tensor._version", "make_reversible, to see weights changed in place")
 # Whether an operator only looks at its input's memory in another way.
 is_view = _attribute("torch.ops.aten.mm.default.is_view", "trace")
@@ -217,12 +217,12 @@ _global_hooks = [
 
 
 def storage_key(tensor: Tensor) -> int:
-    """The same number for all tensors that share their memory, and for no others while it lives."""
+    """A number that tensors share exactly if they share their memory, for as long as that memory lives."""
     return _cdata(tensor.untyped_storage())
 
 
 def storage_holders(tensor: Tensor) -> int:
-    """How many tensors share the memory of this one; -1 where this torch does not say."""
+    """How many tensors share the memory of this one; -1 if this torch does not report it."""
     import torch
 
     count = _use_count(torch._C, None)
@@ -252,12 +252,12 @@ def inside_compiled(model: nn.Module) -> nn.Module | None:
 
 
 def fake_tensor_log() -> logging.Logger:
-    """Where torch tells, with a traceback, what does not run on fake tensors."""
+    """The logger to which torch writes, with a traceback, what does not run on fake tensors."""
     return logging.getLogger("torch._subclasses.fake_tensor")
 
 
 def onednn_linear() -> Callable[..., Tensor] | None:
-    """oneDNN's x · wᵀ, called as (x, w, None, "none", [], ""); None where this torch has none."""
+    """oneDNN's x · wᵀ, called as (x, w, None, "none", [], ""); None if this torch lacks it."""
     import torch
 
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -293,7 +293,7 @@ def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def looks_up_attention(module: nn.Module) -> bool:
-    """Whether the module looks up in its config by which function it computes attention."""
+    """Whether the module looks up its attention function in its config."""
     named = "Attention" in type(module).__name__
     return named and hasattr(module, "config") and eager_attention(module) is not None
 
@@ -308,8 +308,8 @@ def own_loss(model: nn.Module) -> Callable[..., Any] | None:
     return vars(model).get("_loss_function")
 
 
-def set_loss(model: nn.Module, loss: Callable[..., Any] | None) -> None:
-    """Set this model's own loss function; None takes it off again."""
+def set_loss(model: Any, loss: Callable[..., Any] | None) -> None:
+    """Set this model's own loss function; None removes it."""
     if loss is None:
         del model._loss_function
         return
@@ -321,7 +321,7 @@ def set_loss(model: nn.Module, loss: Callable[..., Any] | None) -> None:
 
 @cache
 def cache_argument() -> str:
-    """The argument that hands on a generation cache: "past_key_values", which transformers 5.24 renamed to "cache"."""
+    """The argument that passes a generation cache: "past_key_values", which transformers 5.24 renamed to "cache"."""
     stack = _resolve("transformers.models.t5.modeling_t5.T5Stack")
     return "cache" if "cache" in inspect.signature(stack.forward).parameters else "past_key_values"
 
@@ -337,6 +337,6 @@ def with_cache_argument(kwargs: dict[str, Any]) -> dict[str, Any]:
 def collects_outputs(hook: Any) -> bool:
     """Whether a forward hook is one by which transformers collects hidden states and attentions.
 
-    Those stay on a model for good once outputs were asked for, and do nothing where none are.
+    Those stay on a model for good once outputs were asked for, and do nothing in calls that ask for none.
     """
     return getattr(hook, "__module__", None) == _COLLECTING

@@ -28,8 +28,8 @@ def example_batch(
     """Inputs of a training step of a transformers model: token ids (B, L) or pixels (B, C, H, W), and its labels.
 
     Decoders of encoder-decoder models get `target_length` tokens: as labels, from which the model itself makes their
-    input, or as ids where it takes no labels. `image_size` is that of models whose config does not tell theirs.
-    Raises `BwskError` for a model that takes something else, or fewer tokens than these.
+    input, or as ids where it takes no labels. `image_size` is used for models whose config has none. Raises `BwskError`
+    for a model that takes something else, or fewer tokens than these.
     """
     config, name = getattr(model, "config", None), type(model).__name__
     main = getattr(model, "main_input_name", None)

@@ -134,7 +134,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def partial_folder(path: Path) -> Iterator[Path]:
     """An empty folder `path/.partial-…`, removed at the end of the block; clears those that a kill has left behind.
 
-    Each is locked by the process that writes into it, which tells a dead one's from a live one's.
+    Each is locked by the process that writes into it, which distinguishes a dead one's from a live one's.
     """
     require_posix(f"{path}: writing it whole or not at all")
     try:

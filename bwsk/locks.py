@@ -21,7 +21,7 @@ from bwsk.errors import BwskError
 try:
     import fcntl
 except ImportError:  # Windows: what needs no locks works there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module that may be missing, which `require_posix` reports
 
 POLL_SECONDS = 0.5
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -65,7 +65,7 @@ def try_lock(path: Path, waited: bool = False) -> Lock | None:
 
 
 def wait_lock(path: Path, what: str, say: Callable[[str], None]) -> Lock:
-    """The lock of `path`, waiting for it if need be; `say` is told once who has it. `what` is what the lock is for."""
+    """The lock of `path`, once it is free. While somebody has it, `say` reports that once; `what` is what it is for."""
     lock = try_lock(path)
     if lock is None:
         say(f"{what}: in use by {holder(path)}; waiting until it is free")

@@ -10,7 +10,7 @@ from bwsk.errors import BwskError
 if TYPE_CHECKING:
     import torch
 
-# Float32 weights, under autocast to a narrower dtype or none.
+# Float32 weights, with autocast to a narrower dtype or without.
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # PyTorch's names of the dtypes, which are accepted wherever a precision is given.
@@ -21,7 +21,7 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": MI
 
 
 def size_in_bytes(text: str) -> int:
-    """Bytes of a size with a unit, such as "900 MiB" or "8GB"; raises `BwskError` otherwise."""
+    """Bytes of a size with a unit, such as "900 MiB" or "8GB"; raises `BwskError` for anything else."""
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmg]i?b|b)", text.strip().lower())
     if found is None:
         raise BwskError(f"size: found {text!r}; give a number and a unit, such as 900MiB or 8GB")
@@ -29,7 +29,7 @@ def size_in_bytes(text: str) -> int:
 
 
 def short_precision(name: Any) -> Any:
-    """A precision by the name that is used here: "float16" is "fp16". What is no dtype's name is returned as it is."""
+    """A precision by the name used here, such as "fp16" for "float16"; anything but a dtype's name is unchanged."""
     return DTYPES.get(name, name) if isinstance(name, str) else name
 
 
@@ -42,7 +42,7 @@ def to_precision(name: Any) -> Precision:
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """The dtype that autocast computes matrix products in; float32 is no autocast."""
+    """The dtype in which autocast computes matrix products; float32 means no autocast."""
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -1,1 +1,1 @@
-"""How much memory will a training step take?"""
+"""How much memory does a training step take?"""

@@ -1,18 +1,19 @@
-"""Count what a training step allocates, storage by storage, on tensors that have no memory.
+"""Log what a training step allocates, storage by storage, on tensors that have no memory.
 
-The step runs for real (model, autograd, engine) under PyTorch's `FakeTensorMode`: shapes and lifetimes are true, values
-do not exist. A dispatch mode notes each new storage and a weak reference notes its end; the log is replayed afterwards,
-when it is known which storages turned out to be gradients. Sizes are rounded up to 512 bytes, as CUDA's caching
-allocator does. What the operators allocate inside themselves (cuBLAS workspaces, sort scratch) is not seen.
+The step runs for real (model, autograd, engine) under PyTorch's `FakeTensorMode`: shapes and lifetimes are real, values
+do not exist. A dispatch mode notes each new storage and a weak reference notes when it is freed. The log is replayed
+afterwards, when it is known which storages became gradients. Sizes are rounded up to 512 bytes, as in CUDA's caching
+allocator. What operators allocate internally (cuBLAS workspaces, sort scratch) is not counted.
 
-The tensors say "cpu" because a CPU build of PyTorch cannot run autograd on anything else; `cuda_rules` (the module of
-that name) puts CUDA's choices in place of the CPU's where they differ in size.
+The tensors are on "cpu" because a CPU build of PyTorch cannot run autograd on anything else. The module `cuda_rules`
+replaces operators whose memory use on the CPU differs from CUDA's.
 """
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ _OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.bad
 class Log:
     """Allocations (positive) and releases (negative) in order, and where each phase begins.
 
-    A storage can be of zero bytes, so `born` and `died`, not the sign of an event, say when it lived.
+    A storage can have zero bytes, so `born` and `died` say when it lived, not the sign of an event.
     """
 
     events: list[tuple[int, int]] = field(default_factory=list)  # (storage number, bytes)
@@ -38,7 +39,7 @@ class Log:
 
 
 class Tracker(TorchDispatchMode):
-    """Within it, every storage that an operator returns is counted until it dies."""
+    """A dispatch mode that logs every storage that an operator returns, and its release."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Tracker(TorchDispatchMode):
         return entry[1] if entry else None
 
     def adopt(self, tensor: Tensor) -> int:
-        """Count a storage that existed before."""
+        """Log the storage of `tensor`, if it is new; returns its number."""
         storage = tensor.untyped_storage()
         key = storage_key(tensor)
         if key in self._alive:
@@ -74,14 +75,16 @@ class Tracker(TorchDispatchMode):
         return number
 
     def stop(self) -> None:
-        """Log nothing from here on."""
+        """Log no more releases."""
         self._alive = {}
 
     def mark(self, phase: str) -> None:
-        """A phase of the step begins."""
+        """Begin a phase of the step."""
         self.log.marks.append((phase, len(self.log.events)))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         packet = func.overloadpacket

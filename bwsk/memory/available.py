@@ -1,4 +1,4 @@
-"""How much memory a process can still have: of a GPU's, or of the host's under every limit that is set there."""
+"""How much memory a process can still allocate: on a GPU, or on the host under every limit that is set there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory(device: torch.device) -> float | None:
-    """MiB that this process can still have on `device`; None if the system does not tell."""
+    """MiB that this process can still allocate on `device`; None if the system does not report it."""
     if device.type == "cuda":
         import torch
 
@@ -26,10 +26,11 @@ def free_memory(device: torch.device) -> float | None:
 
 
 def free_host_memory() -> float | None:
-    """MiB of the host's memory that this process can still have; None if the system does not tell.
+    """MiB of host memory that this process can still allocate; None if the system does not report it.
 
-    The least of what the machine has available, what is left of each control group that the process is in (containers,
-    batch systems), and what it may still map (`ulimit -v`). Page caches count as free: they make room.
+    The minimum of what the machine has available, what is left in each control group that the process is in
+    (containers, batch systems), and what it may still map (`ulimit -v`). Page caches count as free, because the system
+    reclaims them.
     """
     if (available := _available()) is None:
         return None
@@ -37,7 +38,7 @@ def free_host_memory() -> float | None:
 
 
 def resident_memory() -> tuple[float, float] | None:
-    """MiB of the host's memory that this process has now and had at most; None if the system does not tell."""
+    """MiB of host memory that this process has resident now and had at most; None if the system does not report it."""
     try:
         status = _table(Path("/proc/self/status"))
         return status["VmRSS"] / 1024, status["VmHWM"] / 1024
@@ -57,7 +58,7 @@ def _available() -> float | None:
 
 
 def _groups(root: Path = CGROUPS, process: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
-    """What is left in the process's control group and in each that holds it, of version 2 and of version 1."""
+    """MiB left in the process's control group and in each group above it, of version 2 and of version 1."""
     try:
         lines = process.read_text().splitlines()
     except OSError:
@@ -71,7 +72,7 @@ def _groups(root: Path = CGROUPS, process: Path = Path("/proc/self/cgroup")) -> 
         else:
             continue
         limit, used, cached = names
-        # In a container the path may be the host's: groups that are not seen from here, but the top one is there.
+        # In a container the path may be the host's. Its groups are not visible from here, but the top one is.
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for depth in range(len(parts), -1, -1):
             group = top.joinpath(*parts[:depth])
@@ -83,7 +84,7 @@ def _groups(root: Path = CGROUPS, process: Path = Path("/proc/self/cgroup")) -> 
 
 
 def _address_space() -> float:
-    """MiB that the process may still map under its limit; infinite without one."""
+    """MiB that the process may still map under its limit; infinite without a limit."""
     try:
         import resource
     except ImportError:  # Windows
@@ -99,6 +100,6 @@ def _address_space() -> float:
 
 
 def _table(file: Path) -> dict[str, int]:
-    """The numbers of a file of the kernel's with lines like `name: 12 kB` or `name 12`, as they stand there."""
+    """The numbers of a kernel file with lines like `name: 12 kB` or `name 12`, in the file's own units."""
     rows = (line.replace(":", " ").split() for line in file.read_text().splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}

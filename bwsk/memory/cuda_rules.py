@@ -1,9 +1,9 @@
-"""CUDA's choices in place of the CPU's, as far as sizes go, for steps that run on fake CPU tensors.
+"""CUDA's memory use in place of the CPU's, for steps that run on fake CPU tensors.
 
-Functions of `torch.nn.functional` are replaced for as long as a fake step runs. They are replaced, not intercepted,
-because recomputation inside a backward runs outside of every function mode. That is seen by the whole process, so the
-replacements do what CUDA does only in the thread that asked for it; a training in another thread gets the stock
-function, and the stock bits.
+Functions of `torch.nn.functional` are replaced while a fake step runs. They are replaced rather than intercepted,
+because recomputation inside a backward runs outside every function mode. The replacement is visible to the whole
+process, so it follows CUDA only in the thread that asked for it. A training in another thread gets the stock function
+and bit-identical results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _cuda_accounting: ContextVar[bool] = ContextVar("bwsk_cuda_accounting", default=
 
 @contextmanager
 def cuda_accounting() -> Iterator[None]:
-    """Within this context CPU (fake) tensors go through CUDA's dropout operators, so that sizes are those of CUDA."""
+    """A context in which (fake) CPU tensors go through CUDA's dropout operators, so that their sizes are CUDA's."""
     token = _cuda_accounting.set(True)
     try:
         yield
@@ -39,16 +39,16 @@ def accounts_for_cuda() -> bool:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The sizes of CUDA's memory-efficient attention: it keeps q, k, v, its output and one float32 per row."""
+    """The sizes of CUDA's memory-efficient attention, which saves q, k, v, its output and one float32 per row."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias):
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))  # (B, H, L, D)
         ctx.save_for_backward(q, k, v, bias, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, _, _ = ctx.saved_tensors
         g_bias = None
         if ctx.needs_input_grad[3]:
@@ -58,7 +58,7 @@ class _FusedAttention(torch.autograd.Function):
 
 @contextmanager
 def cuda_rules() -> Iterator[None]:
-    """Within it, this thread's functionals take the memory that they take on CUDA.
+    """A context in which this thread's `torch.nn.functional` takes the memory that it takes on CUDA.
 
     Dropout saves a boolean mask; under autocast softmax is float32 and cross-entropy saves log-probabilities in the
     logits' dtype and a float32 copy; scaled dot-product attention is the memory-efficient kernel.
@@ -121,9 +121,9 @@ def _attention(
 
 
 def _aligned(bias: Tensor) -> Tensor:
-    """A bias as the kernel takes it: rows in one piece that begin at multiples of 8, or else a padded copy of it.
+    """The bias in a layout that the kernel accepts, contiguous rows that begin at multiples of 8, else a padded copy.
 
-    Older transformers (5.17) hand T5's position bias over as a transposed view, newer ones make it contiguous.
+    Older transformers (5.17) pass T5's position bias as a transposed view, newer ones make it contiguous.
     """
     *strides, last = bias.stride()
     if last == 1 and not any(stride % 8 for stride in strides):
@@ -149,7 +149,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "cross_entropy": _cross_entropy,
     "scaled_dot_product_attention": _attention,
 }
-# The functions that are replaced now, by how many threads; a thread's own rules apply while `_active` is set in it.
+# The stock functions that are replaced now, and by how many threads. A thread's rules apply while `_active` is set.
 _stock: dict[str, Callable[..., Any]] = {}
 _users = 0
 _lock = Lock()

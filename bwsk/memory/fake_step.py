@@ -1,4 +1,4 @@
-"""One training step of a model on fake tensors: which storages it allocates and what its memory is made of.
+"""One training step of a model on fake tensors: which storages it allocates and what its memory consists of.
 
 The step is run with CUDA's accounting (`allocation_log`): forward, backward and clipping of a new model of the same
 class. The optimizer's phase is arithmetic: AdamW holds two moments per parameter, and on top of weights, gradients and
@@ -6,7 +6,7 @@ moments it needs
 
     fused      nothing
     foreach    one more list of all parameters (the square roots of the second moments)
-    loop       two temporaries of the largest parameter
+    loop       two temporaries of the size of the largest parameter
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from bwsk.errors import BwskError
 from bwsk.example_batch import example_batch, loss_of
 from bwsk.memory.allocation_log import Log, Tracker
 from bwsk.memory.cuda_rules import cuda_rules
-from bwsk.units import MIB, dtype_of, to_precision
+from bwsk.units import MIB, Precision, dtype_of, to_precision
 
-# Attention scores of one head in a step, with room for heads and bytes below the largest size of a tensor.
+# Limit on the attention scores of one head in a step; heads and bytes then stay below the largest size of a tensor.
 _MOST_SCORES = 2**48
 
 
 @dataclass
 class FakeStep:
-    """The log of one fake step, and which storages turned out to be what."""
+    """The log of one fake step, and the numbers of the storages of each kind."""
 
     model: str
-    target_length: int | None  # None: the model is no encoder-decoder
+    target_length: int | None  # None if the model is not an encoder-decoder
     log: Log
     weights: set[int]
     states: set[int]
@@ -54,7 +54,7 @@ class FakeStep:
     parameters: list[int]  # bytes of each
 
     def summary(self, optimizer: str) -> tuple[dict[str, float], dict[str, float]]:
-        """Peaks by phase and the composition of the largest, MiB."""
+        """The peak of each phase and what the largest consists of, MiB. `optimizer`: "fused", "foreach" or "loop"."""
         starts = {index: phase for phase, index in self.log.marks}
         backward = next(index for phase, index in self.log.marks if phase == "backward")
 
@@ -65,11 +65,13 @@ class FakeStep:
                 return "optimizer_states"
             if number in self.gradients:
                 return "gradients"
-            kept = self.log.born[number] < backward <= self.log.died.get(number, len(self.log.events))
-            return "activations" if kept else "temporaries"
+            saved = self.log.born[number] < backward <= self.log.died.get(number, len(self.log.events))
+            return "activations" if saved else "temporaries"
 
         totals = dict.fromkeys(("weights", "gradients", "optimizer_states", "activations", "temporaries"), 0)
-        phase, peaks, best, found = None, {}, -1, dict(totals)
+        phase: str | None = None
+        peaks: dict[str, int] = {}
+        best, found = -1, dict(totals)
         for index, (number, size) in enumerate(self.log.events):
             phase = starts.get(index, phase)
             totals[kind(number)] += size
@@ -97,14 +99,14 @@ def fake_step(
     attention: str = "eager",
     prepare: Callable[[nn.Module, int | None], Any] | None = None,
 ) -> FakeStep:
-    """Run one training step of a model or config; a model is only read.
+    """Run one training step of a model or config; a model is not changed.
 
-    `target_length` defaults to `input_length` and counts for encoder-decoder models only. `prepare` is given the new
-    model and the target length that counts, and may change how its step runs. Raises `BwskError` on arguments or
-    models it cannot use.
+    `target_length` defaults to `input_length` and is used for encoder-decoder models only. `prepare` gets the new model
+    and the target length that is used (or None), and may change how its step runs. Raises `BwskError` for invalid
+    arguments and unsupported models.
     """
     require_shape(batch, input_length, target_length)
-    precision = to_precision(precision)
+    kind = to_precision(precision)
     require_one_of("attention", attention, ("eager", "sdpa"))
     encoder_decoder = getattr(getattr(model, "config", model), "is_encoder_decoder", False)
     target_length = (target_length or input_length) if encoder_decoder else None
@@ -119,7 +121,7 @@ def fake_step(
             weights = {tracker.adopt(p) for p in fake.parameters()}
             held = {tracker.adopt(s) for s in states}
             tracker.mark("forward")
-            loss = step_loss(fake, inputs, precision)
+            loss = step_loss(fake, inputs, kind)
             tracker.mark("backward")
             torch.autograd.backward(loss)
             del loss
@@ -131,7 +133,10 @@ def fake_step(
 
 
 def require_shape(batch: Any, input_length: Any, target_length: Any) -> None:
-    """Raise `BwskError` for sizes of a batch that are none; `target_length` may be None."""
+    """Raise `BwskError` unless every size is a positive integer and the batch can be counted.
+
+    `target_length` may be None.
+    """
     for name, value in (("batch", batch), ("input_length", input_length), ("target_length", target_length)):
         if (value is not None or name != "target_length") and (not isinstance(value, int) or value < 1):
             raise BwskError(f"{name}: must be a whole number of at least 1, found {value!r}")
@@ -141,13 +146,13 @@ def require_shape(batch: Any, input_length: Any, target_length: Any) -> None:
 
 
 def require_one_of(name: str, value: Any, allowed: Any) -> None:
-    """Raise `BwskError` for an argument that is not among the allowed ones."""
+    """Raise `BwskError` unless the argument is one of the allowed values."""
     if value not in allowed:
         raise BwskError(f"{name}: found {value!r}, must be one of {', '.join(allowed)}")
 
 
 def stock_peak(model: Any, shape: tuple[int, int, int | None], precision: str, attention: str = "eager") -> float:
-    """Peak of a stock step with AdamW foreach in bytes, from the hundredth of a MiB that `predict_memory` gives.
+    """Peak of a stock step with AdamW foreach, in bytes, rounded to 0.01 MiB as in `predict_memory`.
 
     `shape` is (batch, input tokens, target tokens).
     """
@@ -156,13 +161,16 @@ def stock_peak(model: Any, shape: tuple[int, int, int | None], precision: str, a
 
 @contextmanager
 def faked(model: Any, attention: str) -> Iterator[nn.Module]:
-    """Within it, there is a new model of the same class, in training mode on fake tensors with CUDA's accounting."""
+    """A context with a new model of the same class, in training mode on fake tensors, with CUDA's memory use.
+
+    Raises `BwskError` if the block's computation depends on values.
+    """
     fake = _structure(model, attention)
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), cuda_rules():
         warnings.simplefilter("ignore")
         _materialise(fake)
         log = fake_tensor_log()
-        before, log.disabled = log.disabled, True  # tells with a traceback what is raised here anyway
+        before, log.disabled = log.disabled, True  # it would log, with a traceback, what is raised here anyway
         try:
             yield fake.train()
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -196,15 +204,16 @@ def _materialise(model: nn.Module) -> None:
                         torch.empty(value.shape, dtype=torch.float32), requires_grad=value.requires_grad
                     )
                 module._parameters[name] = seen[id(value)]
-        for name, value in module._buffers.items():
-            if value is not None and value.is_meta:
-                module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def step_loss(model: nn.Module, inputs: dict[str, Any], precision: str) -> Tensor:
+def step_loss(model: nn.Module, inputs: dict[str, Any], precision: Precision) -> Tensor:
     """The model's own loss, or for a model without a head the mean of its last hidden states.
 
-    Raises `BwskError` where the model does not take these inputs: sequences of another length, labels of another kind.
+    Raises `BwskError` if the model does not accept these inputs, such as their lengths or kind of labels, or returns
+    nothing to take a gradient of.
     """
     with torch.autocast("cpu", dtype=dtype_of(precision), enabled=precision != "fp32"):
         try:
@@ -216,4 +225,7 @@ def step_loss(model: nn.Module, inputs: dict[str, Any], precision: str) -> Tenso
             raise BwskError(
                 f"{type(model).__name__}: its training step does not run on {given}: {one_line(error)}"
             ) from error
-        return loss_of(outputs)
+        loss = loss_of(outputs)
+    if loss is None:
+        raise BwskError(f"{type(model).__name__}: its outputs hold no floating-point tensor to train on; not supported")
+    return loss

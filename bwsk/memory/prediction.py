@@ -26,8 +26,8 @@ class Prediction:
     """Predicted memory of one training step, in MiB.
 
     `phases`: peak within forward, backward and optimizer. `kinds`: what makes up the peak: weights, gradients,
-    optimizer states, activations (kept by the forward for the backward) and temporaries. `flops`: of the step's matrix
-    products, recomputation included.
+    optimizer states, activations (saved by the forward for the backward) and temporaries. `flops`: FLOPs of the step's
+    matrix products, recomputation included.
     """
 
     peak_mib: float
@@ -64,12 +64,12 @@ def predict_memory(
 ) -> Prediction:
     """Predict the peak memory of one training step of a Hugging Face model.
 
-    `model`: a model (only read), a config, a Hub id, a directory or a `config.json`. Lengths are in tokens (images take
-    theirs from the config); `target_length` defaults to `input_length` and counts for encoder-decoder models only.
-    `precision`: "fp32", or float32 weights under autocast "bf16" or "fp16". `budget`: as for `make_reversible`, in mode
-    "reversible" only.
-    `optimizer`: AdamW "fused", "foreach" or "loop"; default is what PyTorch picks by itself on CUDA (foreach), and
-    fused in mode "reversible". Raises `BwskError` on arguments or models it cannot use.
+    `model`: a model (which is not changed), a config, a Hub id, a directory or a `config.json`. Lengths are in tokens
+    (the size of images is the config's); `target_length` defaults to `input_length` and is used for encoder-decoder
+    models only. `mode`: "conventional", "checkpoint" or "reversible". `precision`: "fp32", or float32 weights under
+    autocast "bf16" or "fp16". `budget`: as for `make_reversible`, in mode "reversible" only. `optimizer`: AdamW
+    "fused", "foreach" or "loop"; the default is PyTorch's own on CUDA (foreach), and fused in mode "reversible".
+    `attention`: "eager" or "sdpa". Raises `BwskError` for invalid arguments and unsupported models.
     """
     model = model if isinstance(model, nn.Module) else load_config(model)
     precision = to_precision(precision)
@@ -83,7 +83,7 @@ def predict_memory(
     named = None if budget is None else str(budget)
     step = (model, batch, input_length, target_length, precision, attention)
     if isinstance(budget, float) and 0.0 < budget <= 1.0:
-        # As `make_reversible` takes it, which could not ask within the fake step.
+        # As a size: `make_reversible` could not measure the stock peak inside the fake step.
         budget = f"{budget * stock_peak(model, step[1:4], precision, attention) / MIB:.3f}MiB"
 
     def prepare(fake: nn.Module, targets: int | None) -> None:
@@ -118,9 +118,9 @@ def predict_memory(
 def largest_batch(model: Any, limit_mib: float, *, maximum: int = 4096, **step: Any) -> int:
     """The largest batch whose predicted peak is within `limit_mib`; 0 if not even one sequence fits.
 
-    Under a budget that is a size, a batch that no plan keeps within it does not fit either.
-    `step`: arguments of `predict_memory` without batch. Peaks grow almost in a straight line with the batch, so that
-    each guess is where the line through the last two predictions meets the limit.
+    `step`: arguments of `predict_memory` without batch. If its budget is a size, a batch for which no plan meets that
+    budget does not fit either. Peaks grow almost linearly with the batch, so each guess is where the line through the
+    last two predictions meets the limit.
     """
     from bwsk.reversible.plan import BudgetTooSmall
 
@@ -128,7 +128,7 @@ def largest_batch(model: Any, limit_mib: float, *, maximum: int = 4096, **step: 
         try:
             return predict_memory(model, batch=size, **step).peak_mib
         except BudgetTooSmall:
-            if isinstance(step.get("budget"), float):  # a fraction, which small batches miss and large ones may meet
+            if isinstance(step.get("budget"), float):  # a fraction: small batches may miss it, large ones meet it
                 raise
             return math.inf
 
@@ -149,7 +149,7 @@ def largest_batch(model: Any, limit_mib: float, *, maximum: int = 4096, **step: 
             slope = (size - low_peak) / (guess - low)
             high, high_peak = guess, size
         guess = low + max(1, int((limit_mib - low_peak) / max(slope, 1e-9)))
-        if size == math.inf:
+        if high is not None and size == math.inf:
             guess = (low + high) // 2
         if high is None and guess > 4 * low:
             guess = max(guess, low + 1)
@@ -158,7 +158,7 @@ def largest_batch(model: Any, limit_mib: float, *, maximum: int = 4096, **step: 
     return low
 
 
-def _enable_checkpointing(model: nn.Module) -> None:
+def _enable_checkpointing(model: Any) -> None:
     try:
         # Named activation_checkpointing_enable in newer transformers, which still accept this name with a warning.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Budgets of a reversible training step: what may be asked for, by name, as a fraction or as a size."""
+"""Budgets of a reversible training step: by name, as a fraction of the stock peak, or as a size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bwsk.units import size_in_bytes
 
 @dataclass(frozen=True)
 class Budget:
-    """What was asked for: a cap in bytes, or a cap on FLOPs as a fraction of a step; `head` is exact or chunked."""
+    """A cap in bytes, or a cap on recomputed FLOPs as a fraction of a step; `head` is "exact" or "chunked"."""
 
     name: str
     cap: int | None = None
@@ -27,7 +27,10 @@ NAMED = {
 
 
 def parse_budget(budget: str | float | None, stock_peak: Callable[[], float]) -> Budget:
-    """The budget that is meant; `stock_peak()` gives the stock step's peak in bytes, for fractions."""
+    """The budget for a name, a fraction or a size; `stock_peak()` gives the stock step's peak in bytes, for fractions.
+
+    Raises `BwskError` for anything else.
+    """
     if isinstance(budget, str) and budget in NAMED:
         return NAMED[budget]
     if isinstance(budget, str):

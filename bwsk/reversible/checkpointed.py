@@ -1,13 +1,13 @@
 """The engine for other architectures: regions of the stock graph are recomputed, by a plan measured on fake tensors.
 
-Where no engine of its own exists, the stock autograd graph stays, and regions of it are recomputed by PyTorch's
-non-reentrant checkpoint, which leaves the order of every sum as it is. Two levels per block:
+A model without an engine of its own keeps the stock autograd graph. Regions of it are recomputed by PyTorch's
+non-reentrant checkpoint, which leaves the order of every sum as it is. There are two levels per block:
 
     checkpoint_attention    attention from q, k, v: scores, softmax and dropout are recomputed, the products around
                             them saved
     checkpoint_block        the whole block from its input
 
-On top, causal language models get the loss head that keeps one copy of the logits. Kept bytes, working memory and FLOPs
+Causal language models also get the loss head that saves one copy of the logits. Saved bytes, working memory and FLOPs
 of each block are read off a training step on fake tensors, once per level; the plan is then solved like T5's.
 """
 
@@ -53,11 +53,13 @@ from bwsk.reversible.patching import (
     hooked,
     patch_forward,
     require_stock_forward,
+    set_state,
     stock_forward,
     unpatch,
 )
 from bwsk.reversible.plan import Choice, Head, Level, Plan, Unit, require_within_budget, solve
 from bwsk.reversible.stock import altered_function, altered_functional
+from bwsk.units import Precision
 
 _KINDS = ("eager", "sdpa")
 _LEVELS = (Level.CHECKPOINT_ATTENTION, Level.CHECKPOINT_BLOCK)
@@ -101,14 +103,14 @@ def _watch_lookups() -> None:
 
 
 def _recomputed(function: Callable[..., Any], weights: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)`, recomputed in the backward; `weights`: what it reads beside its arguments.
+    """`function(*args, **kwargs)`, recomputed in the backward; `weights`: the tensors it reads beside its arguments.
 
-    PyTorch's checkpoint recomputes from whatever is there by then. Here tensors that changed in between are an error,
-    as they are for stock autograd.
+    PyTorch's checkpoint recomputes from the values at the time of the backward. Here tensors that have changed since
+    the forward are an error, as in stock autograd.
     """
     read = [*weights, *(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))]
     versions = [tensor_version(tensor) for tensor in read]
-    begun = []
+    begun: list[bool] = []
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if begun and versions != [tensor_version(tensor) for tensor in read]:
@@ -122,10 +124,10 @@ def _recomputed(function: Callable[..., Any], weights: Iterable[Tensor], *args: 
 
 
 def _holds_nothing(cache: Cache, layer: int) -> bool:
-    """Whether a cache is of plain keys and values, and has none yet of the layer.
+    """Whether a cache is of plain keys and values, and has none of this layer yet.
 
-    Other layers of a cache (linear attention, states of a convolution) come with other methods than an empty
-    `DynamicCache` has.
+    Cache layers of another kind (linear attention, states of a convolution) have methods that an empty `DynamicCache`
+    lacks.
     """
     if type(cache) is not DynamicCache:
         return False
@@ -134,11 +136,11 @@ def _holds_nothing(cache: Cache, layer: int) -> bool:
     return cache.get_seq_length(layer) == 0
 
 
-def _block(self, *args, **kwargs):
+def _block(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Forward of a block that is recomputed as a whole while it trains.
 
-    A generation cache is on by default in transformers, in training too, and the layout that it gives to the keys shows
-    in the rounding. The first forward fills it as ever; the second gets an empty one of its own.
+    In transformers a generation cache is on by default, in training too, and the layout that it gives to the keys
+    affects rounding. The forward fills the cache as usual; the recomputation gets an empty one of its own.
     """
     stock = stock_forward(self)
     if not self.training or not torch.is_grad_enabled():
@@ -158,17 +160,18 @@ def _block(self, *args, **kwargs):
         )
         if layer is None or not _holds_nothing(caches[0], layer):
             return stock(*args, **kwargs)
-    calls = []
+    begun: list[bool] = []
 
-    def run(*args, **kwargs):
-        calls.append(None)
-        if len(calls) > 1:
-            if any(now is not then for now, then in zip((*self.parameters(), *self.buffers()), tensors, strict=True)):
-                raise BwskError("make_reversible: a block got other weights between forward and backward")
-            empty = DynamicCache()
-            args = [empty if isinstance(value, Cache) else value for value in args]
-            kwargs = {key: empty if isinstance(value, Cache) else value for key, value in kwargs.items()}
-        return stock(*args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not begun:
+            begun.append(True)
+            return stock(*args, **kwargs)
+        if any(now is not then for now, then in zip((*self.parameters(), *self.buffers()), tensors, strict=True)):
+            raise BwskError("make_reversible: a block got other weights between forward and backward")
+        empty = DynamicCache()
+        fresh = [empty if isinstance(value, Cache) else value for value in args]
+        named = {key: empty if isinstance(value, Cache) else value for key, value in kwargs.items()}
+        return stock(*fresh, **named)
 
     return _recomputed(run, tensors, *args, **kwargs)
 
@@ -205,13 +208,13 @@ def _loss_is_known() -> bool:
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's repeated blocks by name, outermost ones only; raises `BwskError` where there are none."""
+    """The model's repeated blocks by name, outermost only. Raises `BwskError` if it has none, or one not supported."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(outer + ".") for outer in found)
         if isinstance(module, GradientCheckpointingLayer) and not inside:
             found[name] = module
-    kind = getattr(model.config, "model_type", type(model).__name__)
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if not found:
         raise BwskError(
             f"{kind}: its blocks are not transformers' GradientCheckpointingLayer, so there is no unit "
@@ -243,12 +246,12 @@ def attentions(block: nn.Module) -> list[nn.Module]:
 
 
 def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
-    """Set up what the plan says of each block; returns the modules touched."""
+    """Set up the levels of a plan and the loss head; returns the modules changed."""
     return install_levels(model, plan.levels)
 
 
 def install_levels(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
-    """Set up the levels of the named blocks; returns the modules touched."""
+    """Set up the levels of the named blocks and the loss head; returns the modules changed."""
     touched: list[nn.Module] = []
     for name, block in blocks(model).items():
         if levels.get(name) == Level.CHECKPOINT_BLOCK:
@@ -266,20 +269,20 @@ def install_levels(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
             touched.append(attention)
     # A class that names no loss of its own, such as GPT2LMHeadModel, has this one too.
     loss = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
-    if (
-        loss is ForCausalLMLoss
-        and model.get_output_embeddings() is not None
-        and own_loss(model) is None
-        and _loss_is_known()
-    ):
+    if loss is ForCausalLMLoss and _has_projection(model) and own_loss(model) is None and _loss_is_known():
         set_loss(model, _causal_loss)
-        model._bwsk = None
+        set_state(model, None)
         touched.append(model)
     return touched
 
 
+def _has_projection(model: Any) -> bool:
+    """Whether a transformers model projects onto its vocabulary."""
+    return model.get_output_embeddings() is not None
+
+
 def uninstall(modules: list[nn.Module]) -> None:
-    """Take off what `install` set up."""
+    """Remove what `install` set up."""
     for module in modules:
         unpatch(module)
         if own_loss(module) is _causal_loss:
@@ -288,22 +291,24 @@ def uninstall(modules: list[nn.Module]) -> None:
 
 @dataclass
 class _Measured:
-    """One level's step on fake tensors, bytes and FLOPs per block in forward order."""
+    """One level's step on fake tensors: bytes and FLOPs per block in forward order, and those outside the blocks."""
 
     saved: list[int]
     work: list[int]
     gradients: list[int]
     forward: list[int]
     flops: int
-    head_kept: int
+    head_saved: int
     head_peak: int
     head_gradient: int
     head_forward: int
-    resting: int
-    outer: int
+    resting: int  # the weights
+    outer: int  # gradients of the weights outside the blocks
 
 
-def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, level: str, attention: str) -> _Measured:
+def _measure(
+    config: Any, shape: tuple[int, int, int | None], precision: Precision, level: str, attention: str
+) -> _Measured:
     """Run one step with every block at `level`, or "stock", and read off its blocks."""
     with faked(config, attention) as model:
         units = list(blocks(model).values())
@@ -319,10 +324,10 @@ def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, le
             flops.setdefault((moment, index), tracker.flops)
 
         def watch(index: int) -> None:
-            def enter(module, args, kwargs):
+            def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
                 note("enter", index)
 
-            def leave(module, args, output):
+            def leave(module: nn.Module, args: Any, output: Any) -> None:
                 note("leave", index)
                 out = output if isinstance(output, Tensor) else output[0]
                 out.register_hook(lambda g: note("back", index))
@@ -364,7 +369,7 @@ def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, le
         gradients=gradients,
         forward=[flops["leave", i] - flops["enter", i] for i in range(len(units))],
         flops=tracker.flops,
-        head_kept=at["loss", 0] - at["leave", last],
+        head_saved=at["loss", 0] - at["leave", last],
         head_peak=max(head_span) - timeline[begin],
         head_gradient=max(0, timeline[end] - at["leave", last]),
         head_forward=flops["loss", 0] - flops["leave", last],
@@ -373,10 +378,10 @@ def _measure(config: Any, shape: tuple[int, int, int | None], precision: str, le
     )
 
 
-def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
+def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: Precision = "fp32") -> Plan:
     """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
     if isinstance(model, nn.Module):
-        blocks(model)  # refused here with its hooks, which a model built from the config would not have
+        blocks(model)  # so that hooks are refused, which a model built from the config would not have
     config = _named(model) if isinstance(model, nn.Module) else model
     attention = attention_kind(config, None) or "eager"
     attention = attention if attention in _KINDS else "eager"
@@ -395,13 +400,13 @@ def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = 
         )
         units.append(Unit(name, choices, stock.gradients[index], stock.forward[index]))
     core = found[Level.CHECKPOINT_ATTENTION]
-    head = Head("exact", core.head_kept, core.head_peak, core.head_gradient, core.head_forward)
+    head = Head("exact", core.head_saved, core.head_peak, core.head_gradient, core.head_forward)
     base = 3 * core.resting + max(0, core.outer - core.head_gradient) // 2
     found_plan = Plan(asked, units, [0] * len(units), head, base, "bit-identical (stock graph, regions recomputed)")
     return require_within_budget(solve(found_plan, asked.cap, asked.flops), 4 * core.resting)
 
 
-def _named(model: nn.Module) -> Any:
+def _named(model: Any) -> Any:
     """The model's config, naming the model's own class."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]

@@ -4,17 +4,19 @@ Dropout is K-type: it erases the elements it drops, and which ones it drops is n
 lost is the mask m, so one bit per element is the whole residue; from it y = x·m/(1-p) is recomputed bit for bit.
 
 The two devices draw and scale differently, and both are followed exactly (PyTorch, aten/src/ATen/native/Dropout.cpp
-and cuda/Dropout.cu): CUDA keeps a boolean mask and multiplies x·m·s, where s is 1/(1-p) rounded in the accumulation
-type on the way forward and in double on the way back; the CPU draws a noise tensor of x's own dtype, m/(1-p), and
+and cuda/Dropout.cu). CUDA saves a boolean mask and multiplies x·m·s, where s is 1/(1-p) rounded in the accumulation
+type in the forward and in double in the backward. The CPU draws a noise tensor of x's own dtype, m/(1-p), and
 multiplies by that in both directions.
 
-Bits are packed eight to a byte with one multiplication of a 64-bit word: no host synchronisation, no random state,
-so that a captured graph replays it.
+Bits are packed eight to a byte with one multiplication of a 64-bit word, which needs no host synchronisation and no
+random state, so that a CUDA graph can record it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """The boolean mask of `shape` that `pack_bits` packed; a mask that is unpacked already is returned as it is."""
+    """The boolean mask of `shape` that `pack_bits` packed; a mask that is already unpacked is returned unchanged."""
     if bits.dtype is torch.bool:
         return bits
     flat = bits.to(torch.int64).mul_(_SPREAD).bitwise_and_(_TOPS).view(torch.uint8) != 0
@@ -49,7 +51,7 @@ def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def acts_as_cuda(x: Tensor) -> bool:
-    """Whether CUDA's operators and rules apply to x: it is there, or its sizes are accounted as if it were."""
+    """Whether CUDA's operators and rules apply to x: it is on CUDA, or its sizes are accounted as if it were."""
     return x.is_cuda or accounts_for_cuda()
 
 
@@ -60,7 +62,7 @@ def _forward_scale(x: Tensor, p: float) -> float:
 
 
 def dropout_forward(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    """Dropout of x as `F.dropout(x, p, training=True)` does it, and its residue (None where p is 0)."""
+    """`F.dropout(x, p, training=True)`, bit-identical, and its residue (packed bits, or None where p is 0)."""
     if p == 0.0 or x.numel() == 0:
         return x, None
     if p >= 1.0:
@@ -74,7 +76,7 @@ def dropout_forward(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
 
 
 def dropout_replay(x: Tensor, bits: Tensor | None, p: float) -> Tensor:
-    """Dropout of x again, with the mask saved in `bits`: the same bits as the first time."""
+    """Dropout of x again, with the mask saved in `bits`; bit-identical to the forward."""
     if bits is None:
         return x
     mask = unpack_bits(bits, x.shape)
@@ -86,7 +88,7 @@ def dropout_replay(x: Tensor, bits: Tensor | None, p: float) -> Tensor:
 
 
 def dropout_backward(g: Tensor, bits: Tensor | None, p: float, own: bool = False) -> Tensor:
-    """Gradient of dropout's input, from the gradient g of its output; `own` says that g may be overwritten."""
+    """Gradient of dropout's input, from the gradient g of its output; with `own`, g may be overwritten."""
     if bits is None:
         return g
     mask = unpack_bits(bits, g.shape)
@@ -113,37 +115,41 @@ def rescale_(g: Tensor, p: float) -> Tensor:
 
 
 def random_state(device: torch.device) -> Tensor:
-    """The state of the generator that draws on `device`."""
+    """The state of the random generator of `device`."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 @contextmanager
-def restored_random_state(state: Tensor | None, device: torch.device):
-    """Draw again what was drawn from `state` on, then carry on as if nothing had been drawn; nothing for None."""
+def restored_random_state(state: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Run the block from the generator's earlier `state`, then restore the current one; with None, change nothing."""
     if state is None:
         yield
         return
     current = random_state(device)
-    set_state = (
-        (lambda value: torch.cuda.set_rng_state(value, device)) if device.type == "cuda" else torch.set_rng_state
-    )
-    set_state(state)
+    _set_random_state(state, device)
     try:
         yield
     finally:
-        set_state(current)
+        _set_random_state(current, device)
+
+
+def _set_random_state(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         y, bits = dropout_forward(x, p)
         ctx.p = p
         ctx.save_for_backward(bits)
         return y
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         from bwsk.reversible.guard import refuse_double_backward
 
         refuse_double_backward()
@@ -152,5 +158,5 @@ class _Dropout(torch.autograd.Function):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Differentiable `F.dropout(x, p, training=True)` that keeps one bit per element."""
+    """Differentiable `F.dropout(x, p, training=True)` that saves one bit per element."""
     return x if p == 0.0 else _Dropout.apply(x, p)

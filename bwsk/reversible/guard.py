@@ -10,7 +10,7 @@ from bwsk.errors import BwskError
 
 
 def refuse_double_backward() -> None:
-    """Raise `BwskError` when this backward is itself being recorded (`create_graph=True`)."""
+    """Raise `BwskError` if this backward is itself being recorded (`create_graph=True`)."""
     if torch.is_grad_enabled():
         raise BwskError(
             "make_reversible: backward(create_graph=True) asks for second derivatives, which recomputation does not "
@@ -19,9 +19,9 @@ def refuse_double_backward() -> None:
 
 
 def refuse_second_backward(ctx: Any, way_out: str) -> None:
-    """Raise `BwskError` when an earlier backward of this node has overwritten what it saved.
+    """Raise `BwskError` if an earlier backward of this node has overwritten what it saved; `way_out`: what to do.
 
-    PyTorch sees that by itself only where no hooks pack the saved tensors (`save_on_cpu`).
+    PyTorch notices that by itself only if no hooks pack the saved tensors (`save_on_cpu`).
     """
     if ctx.overwritten:
         raise BwskError(f"make_reversible: a second backward through the loss (retain_graph): {way_out}")

@@ -1,11 +1,10 @@
-"""`make_reversible`: plan what a training step keeps, set it up on the model, and take it off again."""
+"""`make_reversible`: plan what a training step saves, set that up on the model, and remove it again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
@@ -17,7 +16,7 @@ from bwsk.reversible import checkpointed
 from bwsk.reversible.budget import NAMED
 from bwsk.reversible.plan import Plan, solve
 from bwsk.reversible.t5 import engine as t5
-from bwsk.units import to_precision
+from bwsk.units import Precision, to_precision
 
 if TYPE_CHECKING:
     from bwsk.reversible.plan_row import PlanRow
@@ -26,9 +25,22 @@ if TYPE_CHECKING:
 DEFAULT_SHAPE = (4, 256, 256)
 
 
+class Engine(Protocol):
+    """What the module of an engine has: planning, setting up a plan, and removing it."""
+
+    def plan(self, model: Any, budget: Any, shape: tuple[int, int, int], precision: Precision = ...) -> Plan:
+        """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
+
+    def install(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
+        """Set up a plan; returns the modules changed."""
+
+    def uninstall(self, modules: list[nn.Module]) -> None:
+        """Remove what `install` set up."""
+
+
 @dataclass(repr=False)
 class Reversible:
-    """A model whose training steps follow `plan`; `undo()` or the end of a `with` block gives the stock model back."""
+    """A model whose training steps follow `plan`; `undo()` or the end of a `with` block restores the stock model."""
 
     model: nn.Module
     plan: Plan
@@ -67,18 +79,19 @@ def make_reversible(
     target_length: int | None = None,
     precision: str = "fp32",
 ) -> Reversible:
-    """Make the training steps of a stock Hugging Face model keep less for their backward, in place.
+    """Selective activation recomputation for a stock Hugging Face model, in place, with bit-identical gradients.
 
     `budget`:
-    - "fast": everything that costs at most 2 % more FLOPs; gradients are the same bits.
+    - "fast": the lowest peak for at most 2 % more FLOPs; gradients are bit-identical to the stock model's.
     - "balanced": at most 3 % more FLOPs, and a loss head that never makes the logits (outputs.logits is None while
-      training); gradients are as exact as the stock ones, not the same bits. Under autocast the head is the exact one.
-    - "max": the lowest peak, for about a forward pass more; the same bits.
+      training). Gradients are as exact as the stock ones but not bit-identical. Under autocast the head is the exact
+      one, and gradients are bit-identical.
+    - "max": the lowest peak, for about one more forward pass; bit-identical.
     - a size such as "900 MiB" or "8 GB", or a fraction of the stock step's peak such as 0.6: the fewest FLOPs found
-      that stay within it; needs the shape of a batch, `batch`, `input_length` and `target_length` (tokens).
+      that stay within it. This needs the shape of a batch: `batch`, `input_length` and `target_length` (tokens).
 
     `precision`: "fp32", "bf16" or "fp16" (autocast), which the sizes of the plan depend on. Weights, state_dict,
-    save_pretrained, eval mode and generate are untouched. Raises `BwskError` when the model cannot be done or the
+    save_pretrained, eval mode and generate are untouched. Raises `BwskError` if the model is not supported or the
     budget cannot be met.
     """
     _check_model(model)
@@ -88,12 +101,11 @@ def make_reversible(
     return Reversible(model, chosen, engine.install(model, chosen), engine.uninstall)
 
 
-def engine_for(model: Any) -> ModuleType:
-    """The engine of a model or config: T5's own, or checkpointing of the stock graph for everything else.
-
-    An engine is a module with `plan(model, budget, shape, precision)`, `install(model, plan)` and `uninstall(modules)`.
-    """
-    return t5 if t5.covers(model) else checkpointed
+def engine_for(model: Any) -> Engine:
+    """The engine of a model or config: T5's own, or checkpointing of the stock graph for everything else."""
+    if t5.covers(model):
+        return t5
+    return checkpointed
 
 
 def _check_model(model: nn.Module) -> None:
@@ -111,15 +123,15 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _shape(budget: Any, batch: int | None, input_length: int | None, target_length: int | None):
-    given = (batch, input_length)
-    if given == (None, None) and target_length is None:
+def _shape(budget: Any, batch: int | None, input_length: int | None, target_length: int | None) -> tuple[int, int, int]:
+    """(batch, input tokens, target tokens), as given or the default one."""
+    if batch is None and input_length is None and target_length is None:
         if isinstance(budget, str) and budget in NAMED:
             return DEFAULT_SHAPE
         raise BwskError(
             f"budget {budget!r}: how much fits depends on the batch; give batch=, input_length= (and target_length=)"
         )
-    if None in given:
+    if batch is None or input_length is None:
         raise BwskError("make_reversible: give batch= and input_length= together (and target_length=), or neither")
     require_shape(batch, input_length, target_length)
     return batch, input_length, target_length or input_length
@@ -150,7 +162,7 @@ def plan_of(model: Any, budget: Any, shape: tuple[int, int, int], precision: str
 
 
 def curve_of(config: Any, shape: tuple[int, int, int], precision: str = "fp32", points: int = 12) -> list[Plan]:
-    """Plans along the trade-off between memory and FLOPs, from the least recomputed to the lowest peak."""
+    """Plans along the trade-off between memory and FLOPs, from the least recomputation to the lowest peak."""
     first = plan_of(config, NAMED["fast"].name, shape, precision)
     first.choice_indices = [0] * len(first.units)
     lowest = solve(_copy(first), None, None)

@@ -1,7 +1,7 @@
 """Patch `forward` on individual modules: install, recognise and remove our own patches.
 
-A module keeps its class; `forward` is set on the instance, where PyTorch looks first. Whoever wraps that forward later
-still calls it after undo, and gets the stock forward from it.
+A module keeps its class; `forward` is set on the instance, where PyTorch looks first. A wrapper that others put around
+that forward still calls it after undo, when it runs the stock forward.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def stock_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether `make_reversible` has set something up on this module."""
+    """Whether `make_reversible` has changed this module."""
     return "_bwsk" in module.__dict__
 
 
 def require_stock_forward(name: str, module: nn.Module) -> None:
-    """Raise `BwskError` where somebody else has set a forward on the module, which ours would replace."""
+    """Raise `BwskError` if somebody else has set a forward on the module, which ours would replace."""
     if "forward" in module.__dict__:
         raise BwskError(
             f"make_reversible: the forward of {name or 'the model'} has been replaced; "
@@ -66,9 +66,19 @@ def require_stock_forward(name: str, module: nn.Module) -> None:
         )
 
 
-def patch_forward(module: nn.Module, method: Callable[..., Any], state: Any) -> None:
-    """Set `method` as the module's forward; it finds `state` as `_bwsk`."""
+def set_state(module: nn.Module, state: Any) -> None:
+    """Attach `state` to a module that `make_reversible` changes, for `state_of`."""
     module._bwsk = state
+
+
+def state_of(module: nn.Module) -> Any:
+    """The state that `set_state` attached."""
+    return module._bwsk
+
+
+def patch_forward(module: nn.Module, method: Callable[..., Any], state: Any) -> None:
+    """Set `method` as the module's forward and attach `state` for it."""
+    set_state(module, state)
     module.forward = PatchedForward(method, module)
     setattr(module, REPLICATE, StockReplica(module))
 
@@ -82,7 +92,7 @@ def unpatch(module: nn.Module) -> Any:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether the module has hooks, beside those by which transformers collects hidden states and attentions."""
+    """Whether the module has hooks, apart from those with which transformers collects hidden states and attentions."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
     return any(not collects_outputs(hook) for hook in module._forward_hooks.values())

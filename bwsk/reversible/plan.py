@@ -1,16 +1,16 @@
-"""What a training step keeps for its backward and what it recomputes, and how much memory that takes over time.
+"""What a training step saves for its backward and what it recomputes, and how much memory that takes over time.
 
 A backward frees activations and fills gradients. With u = 1 … n units (blocks) in forward order, saved bytes K_u,
-gradient bytes G_u and working memory T_u, and B the memory that is always there (weights, optimizer states, …), the
-peak of a step is the largest of
+gradient bytes G_u and working memory T_u, and with B the memory that is always in use (weights, optimizer states, …),
+the peak of a step is the largest of
 
     head:        B + Σ K_u + (loss head)
     unit i:      B + Σ_{u ≤ i} K_u + Σ_{u > i} G_u + (head's gradient) + T_i
     end:         B + Σ G_u + (head's gradient)
 
-so the memory for what is saved shrinks as the backward goes on: activations of the first units count until the end,
-those of the last ones only at its start. A budget is solved under that time-varying cap: as long as the largest of
-these exceeds it, the choice that frees most bytes per FLOP among the units alive at that moment is taken.
+so saved memory shrinks as the backward goes on: activations of the first units count until the end, those of the last
+ones only at its start. A budget is solved under that time-varying cap: while the largest of these exceeds it, the
+solver takes the choice that frees most bytes per FLOP among the units whose activations are alive at that moment.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class Plan:
 
     @property
     def extra_flops(self) -> int:
+        """FLOPs recomputed in a step."""
         return sum(choice.flops for choice in self.choices)
 
     @property
@@ -112,7 +113,7 @@ class Plan:
         return self.extra_flops / self.step_flops if self.step_flops else 0.0
 
     def memory_timeline(self) -> list[tuple[str, int]]:
-        """Memory at each moment of the backward that can be the peak: (moment, bytes)."""
+        """(moment, bytes) for each moment of the backward that can be the peak."""
         moments, saved = [], sum(choice.saved for choice in self.choices)
         gradients = self.head.gradient
         moments.append(("loss head", self.base + saved + self.head.saved + self.head.peak))
@@ -161,7 +162,7 @@ def solve(plan: Plan, cap: int | None, flops: float | None) -> Plan:
     Greedy on bytes per FLOP under the time-varying cap; with neither limit it goes as low as it can.
     """
     limit = None if flops is None else flops * plan.step_flops
-    seen = {tuple(plan.choice_indices)}  # moves that leave the peak as it is could go round for ever
+    seen = {tuple(plan.choice_indices)}  # moves that leave the peak unchanged could cycle for ever
     while cap is None or plan.peak > cap:
         timeline = plan.memory_timeline()
         worst = max(range(len(timeline)), key=lambda i: timeline[i][1])
@@ -179,9 +180,9 @@ def solve(plan: Plan, cap: int | None, flops: float | None) -> Plan:
 
 
 def _best_move(plan: Plan, alive: int, working: int | None, limit: float | None) -> tuple[int, int] | None:
-    """The choice that frees most bytes per FLOP among the first `alive` units.
+    """The choice that frees most bytes per FLOP among the first `alive` units: (unit, index of the choice), or None.
 
-    `working`: the unit whose backward is running at the peak, counted from the end; for it working memory counts too.
+    `working`: the unit whose backward is running at the peak, counted from the end; its working memory counts too.
     """
     spent, best, score = plan.extra_flops, None, 0.0
     running = None if working is None else len(plan.units) - 1 - working
@@ -204,9 +205,9 @@ class BudgetTooSmall(BwskError):
 
 
 def require_within_budget(plan: Plan, states: int) -> Plan:
-    """The plan, if it meets its budget's cap; `states`: bytes of weights, gradients and optimizer states.
+    """The plan, if it meets its budget's cap; raises `BudgetTooSmall` if not.
 
-    Raises `BudgetTooSmall` otherwise.
+    `states`: bytes of weights, gradients and optimizer states.
     """
     cap = plan.budget.cap
     if cap is not None and plan.peak > cap:

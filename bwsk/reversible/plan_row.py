@@ -1,4 +1,4 @@
-"""One operation of a plan, for people: its S/K verdict, and whether its result is saved or recomputed."""
+"""One operation of a plan, for reports: its S/K verdict, and whether its result is saved or recomputed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bwsk.classification.rules.sets import rule_set
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One operation of the plan: what it is, its verdict, what becomes of its result, bytes and FLOPs."""
+    """One operation of the plan: its verdict, what happens to its result, bytes saved and FLOPs recomputed."""
 
     module: str
     operation: str

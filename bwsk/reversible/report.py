@@ -1,4 +1,4 @@
-"""A plan for people: its operations with their verdicts, and everything about it as one mapping."""
+"""A plan as a report: its operations with their verdicts, and everything about it as one mapping."""
 
 from __future__ import annotations
 

@@ -26,15 +26,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Parts:
-    """Which parts of a T5 a class is built of."""
+    """The parts of a T5 that a model class has."""
 
     decoder: bool = True
     projection: bool = True  # onto the vocabulary, with the loss on it
-    prefix: str = ""  # what the names of the stacks begin with
+    prefix: str = ""  # of the stacks' module names
 
     @classmethod
     def of(cls, kind: type) -> Parts:
-        """Those of a class of transformers or of one derived from it."""
+        """The parts of a class of transformers or of one derived from it."""
         names = [base.__name__.removeprefix("M") for base in kind.__mro__]
         heads = ("T5ForSequenceClassification", "T5ForTokenClassification")
         return cls(
@@ -51,7 +51,7 @@ class _Piece:
     work: int
 
 
-def _attention(config: Any, shape: Shape, length: int, source: int, crossed: bool) -> dict[str, _Piece]:
+def _attention(config: Any, shape: Shape, length: int, source: int) -> dict[str, _Piece]:
     """Level to cost of one attention sublayer with `length` queries and `source` keys."""
     b, d, inner, e = shape.batch, config.d_model, config.num_heads * config.d_kv, shape.element
     scores = b * config.num_heads * length * source
@@ -59,7 +59,7 @@ def _attention(config: Any, shape: Shape, length: int, source: int, crossed: boo
     bits = scores // 8 + stream // 8
     one = 2 * b * length * source * inner
     project = 2 * b * length * d * inner + 4 * b * source * d * inner
-    # Probabilities and their gradient in float32, the mask, bits spread out; operands of the batched products.
+    # Probabilities and their gradient in float32, the mask, its unpacked bits; operands of the batched products.
     work = 2 * 4 * scores + scores + 3 * e * (rows + keys) + 2 * 4 * stream
     core = 4 * b * length + e * (rows + 2 * keys) + bits
     entry = bits
@@ -101,12 +101,10 @@ def _weights(config: Any, attentions: int) -> int:
 def _unit(
     config: Any, shape: Shape, name: str, sublayers: list[str], length: int, sources: list[int], shared: int = 0
 ) -> Unit:
-    """One block; `shared` bytes are saved by all blocks of its stack together and live until this first one is done."""
+    """One block. `shared`: bytes that the blocks of a stack save together, which live until its first one is done."""
     stream = 4 * shape.batch * length * config.d_model
     inner = shape.element * shape.batch * length * config.num_heads * config.d_kv
-    pieces = [_attention(config, shape, length, s, i == 1) for i, s in enumerate(sources)] + [
-        _feed(config, shape, length)
-    ]
+    pieces = [*(_attention(config, shape, length, source) for source in sources), _feed(config, shape, length)]
     choices = []
     for levels in product(*(piece.keys() for piece in pieces)):
         costs = [piece[level] for piece, level in zip(pieces, levels, strict=True)]
@@ -115,7 +113,7 @@ def _unit(
         named = tuple(zip(sublayers, levels, strict=True))
         choices.append(Choice(saved, sum(cost.flops for cost in costs), work, named))
     entries = [piece[Level.SAVE_INPUT] for piece in pieces]
-    # The residual stream between the sublayers needs W_o again, and the scores are made once more for the gradient.
+    # The residual stream between the sublayers needs W_o again, and the gradient needs the scores once more.
     heads = config.num_heads * config.d_kv
     outs = 2 * shape.batch * length * heads * (config.d_model * len(sources) + sum(sources))
     tapes = sum(inner * 2 + 2 * shape.element * shape.batch * s * config.num_heads * config.d_kv for s in sources)
@@ -136,7 +134,7 @@ def _unit(
 
 
 def parameters(config: Any, parts: Parts) -> int:
-    """Parameters of a T5 of this config, without the few of a classifier."""
+    """Number of parameters of a T5 of this config, without the few of a classifier."""
     d, table = config.d_model, config.vocab_size * config.d_model
     blocks = config.num_layers * _weights(config, 1)
     if parts.decoder:
@@ -164,8 +162,8 @@ def units(config: Any, shape: Shape, parts: Parts) -> list[Unit]:
         shared = (biases + 4 * shape.batch) * shape.target_length**2 + 2 * stream
         found.append(_unit(config, shape, name, layers, shape.target_length, sources, 0 if i else shared))
     if not parts.projection:
-        # A lookup's gradient is as large as the table and comes when its stack is through; that of a second lookup is
-        # added out of place, so that three are alive.
+        # A lookup's gradient is as large as the table and is made when its stack's backward is done. That of a second
+        # lookup is added out of place, so that three are alive.
         table = 4 * config.vocab_size * config.d_model
         lookups = {0: 2 * table, config.num_layers: table} if parts.decoder else {0: table}
         found = [replace(u, gradients=u.gradients + lookups.get(i, 0)) for i, u in enumerate(found)]
@@ -173,7 +171,7 @@ def units(config: Any, shape: Shape, parts: Parts) -> list[Unit]:
 
 
 def head(config: Any, shape: Shape, kind: str, parts: Parts) -> Head:
-    """The loss head: logits saved until their gradient is written over them, or no logits but gradients at once.
+    """The loss head: it saves the logits until their gradient overwrites them, or (chunked) the gradients alone.
 
     Without a projection onto the vocabulary there is only the last stack's output, before and after its last norm.
     """

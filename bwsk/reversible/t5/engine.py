@@ -1,13 +1,13 @@
-"""The T5 family (T5, flan-T5, v1.1, mT5): stock modules, their forward replaced while they train (`forwards`).
+"""The engine for the T5 family (T5, flan-T5, v1.1, mT5): stock modules get a forward of their own (`forwards`).
 
-Modules, parameters, names and classes stay the stock ones: `forward` is set on the instance and deleted again by undo.
+Modules, parameters, names and classes stay the stock ones. `forward` is set on the instance, and undo deletes it.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -33,6 +33,7 @@ from bwsk.reversible.t5.forwards import (
 )
 from bwsk.reversible.t5.policy import Part, Policy, parts_of
 from bwsk.reversible.t5.tied_embedding import TiedTable
+from bwsk.units import Precision
 
 FAMILY = ("t5", "mt5")
 HEADS = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
@@ -45,10 +46,10 @@ def covers(model: Any) -> bool:
 
 def _require_stacks(model: nn.Module) -> None:
     """Raise `BwskError` unless the stacks and their blocks are where the config says: plans are made of it."""
-    parts = costs.Parts.of(library_class(type(model)))
-    expected = {"encoder": model.config.num_layers}
+    parts, config = costs.Parts.of(library_class(type(model))), cast(Any, model.config)
+    expected = {"encoder": config.num_layers}
     if parts.decoder:
-        expected["decoder"] = model.config.num_decoder_layers
+        expected["decoder"] = config.num_decoder_layers
     names = {id(m): n for n, m in model.named_modules()}
     stacks = {names[id(stack)].rpartition(".")[2]: stack for stack in _stacks(model)}
     for name, layers in expected.items():
@@ -75,23 +76,25 @@ def _require_stock(model: nn.Module) -> None:
         raise BwskError(f"make_reversible: {reason}, which the engine would not call; take the change back")
 
 
-def _stacks(model: nn.Module) -> list[nn.Module]:
+def _stacks(model: nn.Module) -> list[Any]:
+    """The T5Stack modules of the model: encoder, decoder or both."""
     return [m for m in model.modules() if type(m).__name__ in T5_STACKS and _is_stock(m)]
 
 
 def _is_stock(module: nn.Module) -> bool:
-    home = sys.modules.get(type(module).__module__)
-    return home.__name__.startswith("transformers.models.") and vars(home).get(type(module).__name__) is type(module)
+    home = type(module).__module__
+    here = vars(sys.modules[home]).get(type(module).__name__) if home in sys.modules else None
+    return home.startswith("transformers.models.") and here is type(module)
 
 
 def prefix(model: nn.Module) -> str:
-    """What the module names of the stacks begin with: "" or, under a classification head, "transformer."."""
+    """The prefix of the stacks' module names: "" or, under a classification head, "transformer."."""
     names = {id(m): n for n, m in model.named_modules()}
     return min(names[id(stack)] for stack in _stacks(model)).removesuffix("encoder").removesuffix("decoder")
 
 
 def sublayers(model: nn.Module) -> dict[str, nn.Module]:
-    """The sublayers of every stack by their module name, in forward order."""
+    """The sublayers of every stack by module name, in forward order."""
     names = {id(m): n for n, m in model.named_modules()}
     found: dict[str, nn.Module] = {}
     for stack in _stacks(model):
@@ -123,7 +126,7 @@ def _check_parts(layer_name: str, parts: tuple[Part, ...], linears: tuple[str, .
             )
 
 
-def _attention_policy(name: str, layer: nn.Module, level: str, tied: TiedTable | None) -> Policy:
+def _attention_policy(name: str, layer: Any, level: str, tied: TiedTable | None) -> Policy:
     crossed = hasattr(layer, "EncDecAttention")
     inside = "EncDecAttention" if crossed else "SelfAttention"
     attention = getattr(layer, inside)
@@ -134,18 +137,18 @@ def _attention_policy(name: str, layer: nn.Module, level: str, tied: TiedTable |
     return Policy(level, parts, tied, facts)
 
 
-def _feed_forward_policy(name: str, layer: nn.Module, level: str) -> Policy:
+def _feed_forward_policy(name: str, layer: Any, level: str) -> Policy:
     dense = layer.DenseReluDense
     gated = hasattr(dense, "wi_0")
     linears = ("wi_0", "wi_1", "wo") if gated else ("wi", "wo")
     parts = parts_of(layer, "layer_norm", "dropout", "DenseReluDense") + parts_of(dense, "act", "dropout", *linears)
     _check_parts(name, parts, linears)
-    facts = {"dense": dense, "norm": layer.layer_norm, "dropout": layer.dropout, "gated": gated}
-    facts["rectified"] = not gated and type(dense.act) is nn.ReLU
+    rectified = not gated and type(dense.act) is nn.ReLU
+    facts = {"dense": dense, "norm": layer.layer_norm, "dropout": layer.dropout, "rectified": rectified}
     return Policy(level, parts, facts=facts)
 
 
-def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
+def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: Precision = "fp32") -> Plan:
     """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
     config = getattr(model, "config", model)
     sizes = costs.Shape(*shape, element=4 if precision == "fp32" else 2)
@@ -166,22 +169,21 @@ def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = 
         [0] * len(units),
         head,
         base,
-        "bit-identical" if head.kind != "chunked" else "loss head as exact as the stock one, not the same bits",
+        "bit-identical" if head.kind != "chunked" else "loss head as exact as the stock one, not bit-identical",
         (config, sizes, parts.prefix),
     )
     return require_within_budget(solve(found, asked.cap, asked.flops), 16 * parameters)
 
 
 def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
-    """Set the forwards that the plan asks for; returns the modules touched."""
+    """Set the forwards of a plan; returns the modules changed."""
     return install_levels(model, plan.levels, plan.head.kind)
 
 
 def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[nn.Module]:
     """Set the forwards. `levels`: sublayer or block name to level; `head`: "exact", "chunked" or "stock".
 
-    Returns the modules touched. Raises `BwskError`, before touching anything, on modules that are
-    not stock.
+    Returns the modules changed. Raises `BwskError`, before changing anything, if a module is not a stock one.
     """
     todo: list[tuple[nn.Module, Any, Policy]] = []
     names = {id(m): n for n, m in model.named_modules()}
@@ -221,7 +223,8 @@ def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[
     return [module for module, _, _ in todo]
 
 
-def _head_policies(model: nn.Module, head: str, tied: TiedTable) -> list[tuple[nn.Module, Any, Policy]]:
+def _head_policies(model: Any, head: str, tied: TiedTable) -> list[tuple[nn.Module, Any, Policy]]:
+    """The forwards of the lookups, the output projection and the model itself, which computes the loss."""
     _check_linear("lm_head", model.lm_head)
     lookups = {id(stack.embed_tokens): stack.embed_tokens for stack in (model.encoder, model.decoder)}
     for table in lookups.values():
@@ -239,6 +242,6 @@ def _head_policies(model: nn.Module, head: str, tied: TiedTable) -> list[tuple[n
 
 
 def uninstall(modules: list[nn.Module]) -> None:
-    """Take the forwards off again."""
+    """Remove the forwards."""
     for module in modules:
         unpatch(module)

@@ -1,6 +1,7 @@
 """T5 under float16 autocast: the feed-forward's output projection, which overflows there, stays in float32.
 
-The engine knows this forward (`OutOfFloat16`) and computes the same. Any other forward on that layer is a patch.
+The engine recognises this forward (`OutOfFloat16`) and computes the same. It takes any other forward set on that layer
+for somebody else's patch.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ def keep_projection_out_of_float16(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if name.endswith("DenseReluDense.wo") and isinstance(module, nn.Linear):
-            module.forward = OutOfFloat16(module)
+            module.__dict__["forward"] = OutOfFloat16(module)  # where PyTorch looks first
 
 
 class OutOfFloat16:
-    """The forward of a linear layer that steps out of float16 autocast. An object, so that models can be copied."""
+    """The forward of a linear layer that leaves float16 autocast. An object, so that models can be copied."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer

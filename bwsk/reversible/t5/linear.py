@@ -2,13 +2,14 @@
 
     y = x Wᵀ,   dx = dy W,   dW = dyᵀ x
 
-Under autocast the reference casts the weight once per region and autograd saves that copy; for T5-small this is
-115 MiB. Here the cast is made where it is used and again in the backward, which gives the same bits.
+Under autocast, stock linear layers cast the weight once per region and autograd saves that copy; for T5-small this is
+115 MiB. Here the weight is cast where it is used and again in the backward, with bit-identical results.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,13 @@ from torch.nn import functional as F
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast computes linear layers in, or None where autocast is off."""
+    """The dtype in which autocast computes linear layers, or None where autocast is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def as_forward(dtype: torch.dtype | None, kind: str):
-    """The autocast state that gave `dtype` in the forward, for a recomputation, which may run under another."""
+def as_forward(dtype: torch.dtype | None, kind: str) -> AbstractContextManager[Any]:
+    """The autocast state in which the forward got `dtype`; a recomputation may be entered under a different one."""
     enabled = torch.is_autocast_enabled(kind)
     if (torch.get_autocast_dtype(kind) if enabled else None) is dtype:
         return nullcontext()
@@ -30,7 +31,7 @@ def as_forward(dtype: torch.dtype | None, kind: str):
 
 
 def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """x in the compute dtype; x itself where there is none."""
+    """x in `dtype`; x itself for None."""
     return x if dtype is None or x.dtype is dtype else x.to(dtype)
 
 

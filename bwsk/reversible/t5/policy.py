@@ -1,4 +1,4 @@
-"""What one module of a T5 is to keep while it trains, and whether the policy still covers a call of it."""
+"""What one module of a T5 saves while it trains, and whether a call of it can run that way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bwsk._compat import cache_argument, globally_hooked
-from bwsk.reversible.patching import PatchedForward, hooked
+from bwsk.reversible.patching import PatchedForward, hooked, state_of
 from bwsk.reversible.t5.float16 import OutOfFloat16
 from bwsk.reversible.t5.tied_embedding import TiedTable
 
@@ -17,7 +17,7 @@ CACHE = cache_argument()
 
 
 class Part(NamedTuple):
-    """A module inside a sublayer, where it hangs, and what it was when the policy was made."""
+    """A module inside a sublayer: its owner and name there, and what it was when the policy was made."""
 
     owner: nn.Module
     name: str
@@ -27,22 +27,27 @@ class Part(NamedTuple):
 
 @dataclass
 class Policy:
-    """What one module is to keep, and the modules inside it that its stock forward would have called."""
+    """What one module saves, and the modules inside it that its stock forward would have called."""
 
     level: str
     parts: tuple[Part, ...] = ()
     tied: TiedTable | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)  # the stock modules that the forward reads, by role
+
+
+def policy_of(module: nn.Module) -> Policy:
+    """The policy that the engine attached to the module."""
+    return state_of(module)
 
 
 def parts_of(owner: nn.Module, *names: str) -> tuple[Part, ...]:
     """The modules of these names in `owner`, as they are now."""
-    found = ((name, owner._modules[name]) for name in names)
+    found = ((name, owner.get_submodule(name)) for name in names)
     return tuple(Part(owner, name, module, type(module)) for name, module in found)
 
 
 def changed(policy: Policy) -> bool:
-    """Whether a module of the policy does other things than when the policy was made: hooks, adapters, …"""
+    """Whether a module of the policy differs from when the policy was made: hooks, adapters, …"""
     return globally_hooked() or any(
         owner._modules.get(name) is not module
         or type(module) is not kind
@@ -54,9 +59,9 @@ def changed(policy: Policy) -> bool:
 
 
 def engaged(module: nn.Module, x: Tensor, states: Tensor | None, *masks: Tensor | None, **kwargs: Any) -> bool:
-    """Whether this call is a training step that the policy covers; otherwise the stock forward runs.
+    """Whether this call is a training step that the policy covers; if not, the stock forward runs.
 
-    Hidden states in another layout than the usual one are multiplied by other kernels where they need a gradient.
+    Hidden states that are not contiguous are multiplied by other kernels if they need a gradient.
     """
     if not module.training or not torch.is_grad_enabled():
         return False
@@ -66,7 +71,7 @@ def engaged(module: nn.Module, x: Tensor, states: Tensor | None, *masks: Tensor 
         return False
     if not x.is_contiguous() or (states is not None and not states.is_contiguous()):
         return False
-    policy: Policy = module._bwsk
+    policy = policy_of(module)
     attention = policy.facts.get("attention")
     if attention is not None and (
         attention.gradient_checkpointing or getattr(attention.config, "output_attentions", False)

@@ -33,7 +33,9 @@ def _rows(config: Any, shape: Shape, module: str, level: str, prefix: str) -> li
     return _sublayer_rows(config, shape, module, level, decoder, length, False)
 
 
-def _sublayer_rows(config, shape, module, level, decoder, length, recompute_output) -> list[PlanRow]:
+def _sublayer_rows(
+    config: Any, shape: Shape, module: str, level: str, decoder: bool, length: int, recompute_output: bool
+) -> list[PlanRow]:
     b, d, e = shape.batch, config.d_model, shape.element
     stream = b * length * d
     found = [
