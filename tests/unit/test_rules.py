@@ -415,6 +415,6 @@ def test_unknown_rule_set():
 def test_the_rules_of_ones_own_in_the_docs_work():
     text = (Path(__file__).parents[2] / "docs" / "classification.md").read_text(encoding="utf-8")
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "RuleSet(" in block]
-    names = {"bwsk": bwsk, "model": nn.Sequential(nn.ELU(), nn.ReLU())}
+    names = {"bwsk": bwsk, "model_or_config_or_path": nn.Sequential(nn.ELU(), nn.ReLU())}
     exec(code.partition("step = ")[0], names)
     assert (names["census"].s, names["census"].k, names["census"].gray) == (1, 0, 1)
