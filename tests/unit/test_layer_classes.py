@@ -25,10 +25,10 @@ from bwsk.classification.identify import identify
 GRAY = {
     "two activations are multiplied, of which the published table does not speak (strictly K)": """
         BailingHybridRMSNormGated BambaRMSNormGated FalconH1RMSNormGated Glm5NextTextRMSNormGated
-        GraniteMoeHybridRMSNormGated KimiLinearRMSNormGated MambaRMSNormGated NemotronHRMSNormGated
+        GraniteMoeHybridRMSNormGated KimiLinearRMSNormGated LaraMiniRMSNormGated MambaRMSNormGated NemotronHRMSNormGated
         OlmoHybridRMSNormGated Qwen3NextRMSNormGated Qwen3_5MoeRMSNormGated Qwen3_5RMSNormGated Qwen4ExpTextRMSNormGated
         Zamba2RMSNormGated PeAudioMaskedGroupNorm PeAudioVideoMaskedGroupNorm PeVideoMaskedGroupNorm""",
-    "no norm: returns one over the scale, and not the row": "HYV4UnweightedRMSNorm",
+    "no norm: returns one over the scale, and not the row": "HYV4UnweightedRMSNorm HYV4VLUnweightedRMSNorm",
     "no norm of a row: mean and scale are those of all steps so far": "Gemma3nAudioCumulativeGroupNorm",
     "two norms, each with an input of its own": "ZayaQKNorm",
     "takes rows by head and returns them joined": "xLSTMMultiHeadLayerNorm",
