@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.rivals import config, release
-from bench.run import machine, saved, sources
+from bench.run import kept, machine, sources
 from bwsk import make_reversible
 from bwsk.files import write_json
 from bwsk.reversible.t5.float16 import keep_projection_out_of_float16
@@ -244,7 +244,7 @@ def main() -> None:
     if small:
         args.model = str(tiny_config(args.out / "tiny"))
     path = args.out / f"correctness-{args.device}.json"
-    before = saved(path, belongs_to) if args.resume else {}
+    before = kept(path, belongs_to) if args.resume else {}
     found: list[dict[str, Any]] = before.get("checks", [])
     peaks: dict[str, float] = before.get("peaks_mib", {})
     result = {
