@@ -83,6 +83,8 @@ def load_checkpoint(path: Path, name: str) -> PreTrainedModel:
     from transformers import T5Config, T5ForConditionalGeneration
     from transformers.utils import logging
 
+    from bwsk.study.model import without_progress_bars
+
     check_files(path, name)
     config_file = path / "config.json"
     values = read_json(config_file)
@@ -97,15 +99,16 @@ def load_checkpoint(path: Path, name: str) -> PreTrainedModel:
     try:
         config = T5Config.from_dict(values)
         # A model and a report, but annotated as the model alone.
-        loaded: Any = T5ForConditionalGeneration.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with without_progress_bars():
+            loaded: Any = T5ForConditionalGeneration.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
         model, report = loaded
     # Hostile or damaged files fail in whatever part of the loader they reach.
     except Exception as error:
