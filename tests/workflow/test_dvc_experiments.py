@@ -61,7 +61,7 @@ def test_an_experiment_runs_the_source_that_it_records(experiments: Checkout) ->
     """Queued with one source, started when the workspace has another: the queued one counts."""
     source = experiments.root / "bwsk" / "study" / "train.py"
     text = source.read_text()
-    source.write_text(text.replace("self.state = State()", "self.state = State(nan_count=41)"))
+    source.write_text(text.replace("self.state = TrainState()", "self.state = TrainState(nan_count=41)"))
     assert source.read_text() != text
     experiments.dvc("exp", "run", "--queue", "--name", "edited", TRAIN)
     source.write_text(text)
