@@ -15,6 +15,7 @@ from bwsk.memory.fake_step import require_shape
 from bwsk.reversible import checkpointed
 from bwsk.reversible.budget import NAMED
 from bwsk.reversible.plan import Plan, solve
+from bwsk.reversible.self_check import SelfCheck, can_be_checked
 from bwsk.reversible.t5 import engine as t5
 from bwsk.units import Precision, to_precision
 
@@ -78,6 +79,7 @@ def make_reversible(
     input_length: int | None = None,
     target_length: int | None = None,
     precision: str = "fp32",
+    verify: bool = True,
 ) -> Reversible:
     """Selective activation recomputation for a stock Hugging Face model, in place, with bit-identical gradients.
 
@@ -90,15 +92,30 @@ def make_reversible(
     - a size such as "900 MiB" or "8 GB", or a fraction of the stock step's peak such as 0.6: the fewest FLOPs found
       that stay within it. This needs the shape of a batch: `batch`, `input_length` and `target_length` (tokens).
 
-    `precision`: "fp32", "bf16" or "fp16" (autocast), which the sizes of the plan depend on. Weights, state_dict,
-    save_pretrained, eval mode and generate are untouched. Raises `BwskError` if the model is not supported or the
-    budget cannot be met.
+    `precision`: "fp32", "bf16" or "fp16" (autocast), which the sizes of the plan depend on. `verify`: run one tiny
+    batch through the stock model and through the engine, compare loss and gradients bit by bit (under "balanced" to a
+    relative 1e-3), and refuse the model if they differ. That takes two small steps and, for as long as it runs, memory
+    for two copies of the gradients. On CUDA bits are promised under `torch.use_deterministic_algorithms(True)` only,
+    for stock models are not repeatable without it; what the model itself does not repeat is not compared.
+
+    Weights, state_dict, save_pretrained, eval mode and generate are untouched. Raises `BwskError` if the model is not
+    supported, the budget cannot be met, or the self-check finds a difference.
     """
     _check_model(model)
     shape = _shape(budget, batch, input_length, target_length)
+    kind = to_precision(precision)
     engine = engine_for(model)
-    chosen = engine.plan(model, budget, shape, to_precision(precision))
-    return Reversible(model, chosen, engine.install(model, chosen), engine.uninstall)
+    chosen = engine.plan(model, budget, shape, kind)
+    checked = verify and can_be_checked(model)
+    check = SelfCheck(model, kind, exact=chosen.head.kind != "chunked", cut_tables=engine is t5) if checked else None
+    touched = engine.install(model, chosen)
+    handle = Reversible(model, chosen, touched, engine.uninstall)
+    if check is not None and (found := check.difference(handle.undo)):
+        raise BwskError(
+            f"make_reversible: {found}; this {type(model).__name__} does something that the engine does not know. "
+            "Leave make_reversible out, or report it (verify=False skips this check and trains another model)"
+        )
+    return handle
 
 
 def engine_for(model: Any) -> Engine:

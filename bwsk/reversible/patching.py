@@ -7,7 +7,8 @@ that forward still calls it after undo, when it runs the stock forward.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -91,8 +92,45 @@ def unpatch(module: nn.Module) -> Any:
     return module.__dict__.pop("_bwsk", None)
 
 
+class Observer:
+    """A forward hook that only looks at outputs, so that the module need not run its stock forward for it."""
+
+    def __init__(self, see: Callable[[Any], None]) -> None:
+        self.see = see
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.see(output)
+
+
+def _harmless(hook: Any) -> bool:
+    """Whether a forward hook is one with which transformers collects hidden states and attentions, or an `Observer`."""
+    return isinstance(hook, Observer) or collects_outputs(hook)
+
+
 def hooked(module: nn.Module) -> bool:
-    """Whether the module has hooks, apart from those with which transformers collects hidden states and attentions."""
+    """Whether the module has hooks, apart from those that only look at its outputs."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
-    return any(not collects_outputs(hook) for hook in module._forward_hooks.values())
+    return any(not _harmless(hook) for hook in module._forward_hooks.values())
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """A context in which no hook on the model's modules or parameters fires; hooks added meanwhile stay."""
+    owners: list[Any] = [*model.modules(), *model.parameters()]
+    taken: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for owner in owners:
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            hooks = getattr(owner, name, None)
+            if hooks:
+                kept = {key: hook for key, hook in hooks.items() if _harmless(hook)}
+                taken.append((hooks, dict(hooks)))
+                hooks.clear()
+                hooks.update(kept)
+    try:
+        yield
+    finally:
+        for hooks, before in taken:
+            added = {key: hook for key, hook in hooks.items() if key not in before}
+            hooks.clear()
+            hooks.update({**before, **added})

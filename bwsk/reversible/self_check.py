@@ -1,0 +1,239 @@
+"""The self-check of an installation: one tiny batch through the stock model and through the engine, compared by bits.
+
+The model itself is run, on its own device and in its own dtype, with dropout on. Its random state, gradients, buffers
+and hooks are left as they were.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bwsk._compat import FakeTensor
+from bwsk.architecture import one_line
+from bwsk.errors import BwskError
+from bwsk.example_batch import loss_of, random_batch
+from bwsk.reversible.patching import Observer, without_hooks
+from bwsk.units import Precision, dtype_of
+
+# Sequences and tokens of the batch: small enough for the weights, not the batch, to decide what it costs.
+_SHAPE = (2, 8, 5)
+# Rows of a token table beyond which only as many are used: the gradients of whole tables would cost more than all else.
+_ROWS = 512
+# What "as exact as stock" means for a loss head that is not bit-identical: relative to the tensor's norm.
+_TOLERANCE = 1e-3
+
+
+@dataclass
+class _Step:
+    """The loss and the gradients of one step, by parameter name; `outputs`: what each module returned, in order."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor | None]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class SelfCheck:
+    """Compares a model's step before and after a change; made before it, `difference` is called after it."""
+
+    def __init__(self, model: nn.Module, precision: Precision, *, exact: bool, cut_tables: bool) -> None:
+        """Run the stock step.
+
+        `exact`: whether bits are compared, or values to a relative 1e-3. `cut_tables`: whether large token tables are
+        replaced by their first rows while a step runs, which a T5 allows. Those of other models get no gradient
+        meanwhile.
+        """
+        self.model, self.precision, self.exact, self.cut_tables = model, precision, exact, cut_tables
+        self.inputs, self.stock = self._first_step()
+
+    def difference(self, undo: Callable[[], object]) -> str | None:
+        """What the step does differently now, as half a sentence; None if it is the stock one.
+
+        If there is a difference, `undo` is called, which makes the model stock again. What the stock model itself does
+        not repeat (CUDA without deterministic mode) is not compared.
+        """
+        ours = self._step(self.inputs)
+        if not self._differing(ours):
+            return None
+        ours = self._step(self.inputs, observed=True)
+        undo()
+        stock = self._step(self.inputs, observed=True)
+        unsteady = self._differing(stock)
+        differing = [name for name in self._differing(ours) if name not in unsteady]
+        if not differing:
+            return None
+        for name, output in stock.outputs.items():
+            if name in ours.outputs and not self._same(output, ours.outputs[name]):
+                return f"{name or 'the model'} returns something else than the stock model's"
+        if "loss" in differing:
+            return f"the loss is {ours.loss.item():.9g}, the stock model's is {self.stock.loss.item():.9g}"
+        # A backward goes from the last module to the first, and what is wrong there spoils everything before it.
+        order = {name: index for index, name in enumerate(stock.outputs)}
+        last = max(differing, key=lambda name: order.get(name.rpartition(".")[0], -1))
+        return f"the gradient of {last} is not the stock model's"
+
+    def _differing(self, other: _Step) -> list[str]:
+        """ "loss" and the parameters in which a step differs from the stock one."""
+        found = [] if self._same(self.stock.loss, other.loss) else ["loss"]
+        return found + [n for n, g in self.stock.gradients.items() if not self._same(g, other.gradients[n])]
+
+    def _same(self, a: Tensor | None, b: Tensor | None) -> bool:
+        if a is None or b is None:
+            return a is b
+        if self.exact:
+            # Overflowing float16 weights give NaN in both.
+            return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
+        return bool((a - b).norm() <= _TOLERANCE * a.norm() + 1e-12)
+
+    def _first_step(self) -> tuple[dict[str, Any], _Step]:
+        """A batch that the stock model accepts, and its step; raises `BwskError` if there is none."""
+        reason: Exception | None = None
+        for labelled in (True, False):
+            try:
+                with _tables(self.model, self.cut_tables):
+                    inputs = random_batch(self.model, *_SHAPE, labelled=labelled, device=_device_of(self.model))
+                return inputs, self._step(inputs)
+            except Exception as error:  # models refuse inputs in as many ways as there are models
+                reason = reason or error
+        assert reason is not None
+        raise BwskError(
+            f"make_reversible: the stock {type(self.model).__name__} does not run on the tiny batch of the self-check "
+            f"({one_line(reason)}); pass verify=False to leave the check out"
+        )
+
+    def _step(self, inputs: dict[str, Any], *, observed: bool = False) -> _Step:
+        """A step of the model as it is; `observed` keeps what each module returns."""
+        outputs: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            stack.enter_context(_as_in_training(self.model))
+            stack.enter_context(_tables(self.model, self.cut_tables))
+            weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            if observed:
+                for name, module in self.model.named_modules():
+                    stack.enter_context(_observed(name, module, outputs))
+            with _autocast(self.model, self.precision):
+                loss = loss_of(self.model(**inputs))
+            if loss is None:
+                raise BwskError("it returns nothing to train on")
+            found: Any = (None,) * len(weights)
+            if loss.requires_grad and weights:
+                found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        return _Step(loss.detach(), dict(zip(weights, found, strict=True)), outputs)
+
+
+def can_be_checked(model: nn.Module) -> bool:
+    """Whether the model has values: on the meta device and under fake tensors there is nothing to compare."""
+    return not any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _autocast(model: nn.Module, precision: Precision) -> torch.autocast:
+    return torch.autocast(_device_of(model).type, dtype_of(precision), enabled=precision != "fp32")
+
+
+@contextmanager
+def _tables(model: Any, cut: bool) -> Iterator[None]:
+    """Large token tables replaced by their first rows (`cut`), or without a gradient."""
+    special = [v for k, v in model.config.to_dict().items() if k.endswith("_token_id") and isinstance(v, int)]
+    rows = max(_ROWS, *(1 + token for token in special), 1)
+    tables = {
+        id(table.weight): table.weight
+        for table in (model.get_input_embeddings(), model.get_output_embeddings())
+        if isinstance(getattr(table, "weight", None), nn.Parameter)
+        and table.weight.shape[0] > 2 * rows
+        and table.weight.requires_grad
+    }
+    if not cut:
+        for weight in tables.values():
+            weight.requires_grad = False
+        try:
+            yield
+        finally:
+            for weight in tables.values():
+                weight.requires_grad = True
+        return
+    short = {key: nn.Parameter(weight.detach()[:rows]) for key, weight in tables.items()}
+    places = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None and id(p) in short]
+    try:
+        for module, name, weight in places:
+            module._parameters[name] = short[id(weight)]
+        yield
+    finally:
+        for module, name, weight in places:
+            module._parameters[name] = weight
+
+
+@contextmanager
+def _observed(name: str, module: nn.Module, outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Keep the first output of a module, the first time that it is called."""
+
+    def keep(output: Any) -> None:
+        first = (
+            output
+            if isinstance(output, Tensor)
+            else next(iter(output.values() if isinstance(output, dict) else output), None)
+        )
+        if isinstance(first, Tensor):
+            outputs.setdefault(name, first.detach().clone())
+
+    handle = module.register_forward_hook(Observer(keep))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _as_in_training(model: nn.Module) -> Iterator[None]:
+    """The model in training mode, with a seed and without hooks; afterwards everything is as it was."""
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    buffers = [{name: (b, b.clone()) for name, b in module._buffers.items() if b is not None} for module in modules]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_seeded(_device_of(model)))
+        stack.enter_context(without_hooks(model))
+        try:
+            for module in modules:
+                module.training = True
+            yield
+        finally:
+            for module, mode, kept in zip(modules, modes, buffers, strict=True):
+                module.training = mode
+                for name, (buffer, values) in kept.items():
+                    with torch.no_grad():
+                        if not torch.equal(buffer, values):
+                            buffer.copy_(values)
+                    module._buffers[name] = buffer
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """A seed for every generator that a model may use; afterwards each is where it was."""
+    count = torch.get_device_module(device.type).device_count() if device.type not in ("cpu", "meta") else 0
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), None if numpy is None else numpy.random.get_state()
+    forked: dict[str, Any] = {"device_type": device.type} if count else {}
+    with torch.random.fork_rng(devices=range(count), **forked):
+        try:
+            torch.manual_seed(0)
+            random.seed(0)
+            if numpy is not None:
+                numpy.random.seed(0)
+            yield
+        finally:
+            random.setstate(states[0])
+            if numpy is not None:
+                numpy.random.set_state(states[1])
