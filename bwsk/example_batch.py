@@ -75,7 +75,7 @@ def random_batch(
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> dict[str, Any]:
-    """`example_batch` with values: tokens and labels at random, noise for pixels, and one token of padding.
+    """`example_batch` with values: tokens and labels at random, noise for pixels, one token and one label of padding.
 
     `labelled=False` leaves the labels out. Tokens that the config gives a meaning (padding, end, …) are not drawn.
     """
@@ -98,6 +98,8 @@ def random_batch(
             found[name] = torch.randint(0, classes, value.shape, generator=generator)
         else:
             found[name] = ordinary[torch.randint(0, len(ordinary), value.shape, generator=generator)]
+    if "labels" in found and found["labels"].dim() == 2:
+        found["labels"][0, -1] = -100
     accepted = inspect.signature(model.forward).parameters
     if not labelled and found.pop("labels", None) is not None and target_length and "decoder_input_ids" in accepted:
         found["decoder_input_ids"] = ordinary[

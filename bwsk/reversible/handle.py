@@ -45,6 +45,7 @@ class Reversible:
 
     model: nn.Module
     plan: Plan
+    verified: str | None = None  # what the self-check compared; None if it was left out
     _touched: list[nn.Module] = field(default_factory=list)
     _uninstall: Callable[[list[nn.Module]], None] | None = None
 
@@ -109,12 +110,17 @@ def make_reversible(
     checked = verify and can_be_checked(model)
     check = SelfCheck(model, kind, exact=chosen.head.kind != "chunked", cut_tables=engine is t5) if checked else None
     touched = engine.install(model, chosen)
-    handle = Reversible(model, chosen, touched, engine.uninstall)
-    if check is not None and (found := check.difference(handle.undo)):
+    handle = Reversible(model, chosen, None, touched, engine.uninstall)
+    if check is None:
+        return handle
+    if found := check.difference(handle.undo):
         raise BwskError(
             f"make_reversible: {found}; this {type(model).__name__} does something that the engine does not know. "
             "Leave make_reversible out, or report it (verify=False skips this check and trains another model)"
         )
+    if not handle._touched:  # undone to see what the stock model itself repeats
+        handle._touched = engine.install(model, chosen)
+    handle.verified = check.summary
     return handle
 
 
