@@ -107,12 +107,12 @@ def make_reversible(
     kind = to_precision(precision)
     engine = engine_for(model)
     chosen = engine.plan(model, budget, shape, kind)
-    checked = verify and can_be_checked(model)
-    check = SelfCheck(model, kind, exact=chosen.head.kind != "chunked", cut_tables=engine is t5) if checked else None
-    touched = engine.install(model, chosen)
-    handle = Reversible(model, chosen, None, touched, engine.uninstall)
-    if check is None:
+    handle = Reversible(model, chosen, None, engine.install(model, chosen), engine.uninstall)
+    if not verify or not can_be_checked(model):
         return handle
+    handle.undo()
+    check = SelfCheck(model, kind, exact=chosen.head.kind != "chunked", cut_tables=engine is t5)
+    handle._touched = engine.install(model, chosen)
     if found := check.difference(handle.undo):
         raise BwskError(
             f"make_reversible: {found}; this {type(model).__name__} does something that the engine does not know. "

@@ -61,7 +61,11 @@ class SelfCheck:
         If there is a difference, `undo` is called, which makes the model stock again. What the stock model itself does
         not repeat (CUDA without deterministic mode) is not compared.
         """
-        ours = self._step(self.inputs)
+        try:
+            ours = self._step(self.inputs)
+        except Exception as error:  # whatever it is, the stock step did not end in it
+            undo()
+            return f"its step fails where the stock model's does not ({one_line(error)})"
         count = sum(gradient is not None for gradient in self.stock.gradients.values())
         same = "bit-identical" if self.exact else "within a relative 1e-3"
         self.summary = f"on a tiny batch the loss and {count} gradients are {same}"

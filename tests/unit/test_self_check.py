@@ -124,7 +124,7 @@ class Drawing(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) * (1 + random.random())
+        return self.inner(x) * torch.full_like(x, 1 + random.random())
 
 
 def test_a_module_with_random_numbers_of_its_own_is_named() -> None:
