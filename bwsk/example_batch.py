@@ -108,7 +108,7 @@ def random_batch(
     if "input_ids" in found and "attention_mask" in accepted:
         found["attention_mask"] = torch.ones(batch, input_length, dtype=torch.long)
         found["attention_mask"][0, -1] = 0
-        if isinstance(end := getattr(config, "eos_token_id", None), int) and input_length > 1:
+        if isinstance(end := getattr(config, "eos_token_id", None), int) and 0 <= end < vocabulary and input_length > 1:
             found["input_ids"][:, -2] = end  # classifiers of encoder-decoders read off the result there
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return {k: (v.to(device, dtype) if v.is_floating_point() else v.to(device)) for k, v in found.items()}

@@ -58,6 +58,7 @@ from bwsk.reversible.patching import (
     unpatch,
 )
 from bwsk.reversible.plan import Choice, Head, Level, Plan, Unit, require_within_budget, solve
+from bwsk.reversible.status import fell_back
 from bwsk.reversible.stock import altered_function, altered_functional
 from bwsk.units import Precision
 
@@ -65,8 +66,8 @@ _KINDS = ("eager", "sdpa")
 _LEVELS = (Level.CHECKPOINT_ATTENTION, Level.CHECKPOINT_BLOCK)
 
 
-# Whether the attention module whose forward runs now has its scores recomputed.
-_recomputing: ContextVar[bool] = ContextVar("bwsk_recomputing", default=False)
+# The attention module whose forward runs now, if its scores are to be recomputed.
+_recomputing: ContextVar[nn.Module | None] = ContextVar("bwsk_recomputing", default=None)
 
 
 def _attention(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -76,9 +77,12 @@ def _attention(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     to be recomputed.
     """
     stock = stock_forward(self)
-    if not self.training or not torch.is_grad_enabled() or kwargs.get("output_attentions"):
+    if not self.training or not torch.is_grad_enabled():
         return stock(*args, **kwargs)
-    token = _recomputing.set(True)
+    if kwargs.get("output_attentions"):
+        fell_back(self, "attentions are asked for")
+        return stock(*args, **kwargs)
+    token = _recomputing.set(self)
     try:
         return stock(*args, **kwargs)
     finally:
@@ -93,7 +97,13 @@ class _Lookup:
 
     def __call__(self, kind: str, default: Callable[..., Any]) -> Callable[..., Any]:
         found = self.stock(kind, default)
-        return partial(_recomputed, found, ()) if _recomputing.get() and kind in _KINDS else found
+        module = _recomputing.get()
+        if module is None:
+            return found
+        if kind not in _KINDS:
+            fell_back(module, f"its attention is {kind}, which is not recomputed")
+            return found
+        return partial(_recomputed, found, ())
 
 
 def _watch_lookups() -> None:
@@ -145,7 +155,11 @@ def _block(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     stock = stock_forward(self)
     if not self.training or not torch.is_grad_enabled():
         return stock(*args, **kwargs)
-    if globally_hooked() or any(hooked(inner) for inner in self.modules() if inner is not self):
+    if globally_hooked():
+        fell_back(self, "there are hooks for all modules")
+        return stock(*args, **kwargs)
+    if any(hooked(inner) for inner in self.modules() if inner is not self):
+        fell_back(self, "a module inside has hooks")
         return stock(*args, **kwargs)
     tensors = [*self.parameters(), *self.buffers()]
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
@@ -159,6 +173,7 @@ def _block(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             None,
         )
         if layer is None or not _holds_nothing(caches[0], layer):
+            fell_back(self, "it is given a generation cache that is not empty, or of another kind (use_cache=False)")
             return stock(*args, **kwargs)
     begun: list[bool] = []
 

@@ -16,6 +16,7 @@ from bwsk.reversible import checkpointed
 from bwsk.reversible.budget import NAMED
 from bwsk.reversible.plan import Plan, solve
 from bwsk.reversible.self_check import SelfCheck, can_be_checked
+from bwsk.reversible.status import Fallbacks, Status, status_of, watch
 from bwsk.reversible.t5 import engine as t5
 from bwsk.units import Precision, to_precision
 
@@ -46,6 +47,7 @@ class Reversible:
     model: nn.Module
     plan: Plan
     verified: str | None = None  # what the self-check compared; None if it was left out
+    fallbacks: Fallbacks = field(default_factory=Fallbacks)
     _touched: list[nn.Module] = field(default_factory=list)
     _uninstall: Callable[[list[nn.Module]], None] | None = None
 
@@ -58,11 +60,21 @@ class Reversible:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
+    def _set_up(self, engine: Engine) -> None:
+        self._touched, self._uninstall = engine.install(self.model, self.plan), engine.uninstall
+        names = {id(module): name for name, module in self.model.named_modules()}
+        for module in self._touched:
+            watch(module, names[id(module)], self.fallbacks)
+
     def rows(self) -> list[PlanRow]:
         """The operations of the plan, each with its S/K verdict and whether its result is saved or recomputed."""
         from bwsk.reversible.report import rows
 
         return rows(self.plan)
+
+    def status(self) -> Status:
+        """Per module of the plan what it runs, how many of its training forwards ran stock code, and why."""
+        return status_of(self.plan, self.fallbacks)
 
     def undo(self) -> nn.Module:
         """Restore the stock forward of every module; returns the model. Calling it again does nothing."""
@@ -107,19 +119,21 @@ def make_reversible(
     kind = to_precision(precision)
     engine = engine_for(model)
     chosen = engine.plan(model, budget, shape, kind)
-    handle = Reversible(model, chosen, None, engine.install(model, chosen), engine.uninstall)
+    handle = Reversible(model, chosen)
+    handle._set_up(engine)
     if not verify or not can_be_checked(model):
         return handle
     handle.undo()
     check = SelfCheck(model, kind, exact=chosen.head.kind != "chunked", cut_tables=engine is t5)
-    handle._touched = engine.install(model, chosen)
+    handle._set_up(engine)
     if found := check.difference(handle.undo):
         raise BwskError(
             f"make_reversible: {found}; this {type(model).__name__} does something that the engine does not know. "
             "Leave make_reversible out, or report it (verify=False skips this check and trains another model)"
         )
     if not handle._touched:  # undone to see what the stock model itself repeats
-        handle._touched = engine.install(model, chosen)
+        handle._set_up(engine)
+    handle.fallbacks.counts.clear()
     handle.verified = check.summary
     return handle
 

@@ -43,7 +43,7 @@ class StockReplica:
 
     def __call__(self) -> nn.Module:
         replica = getattr(type(self.module), REPLICATE)(self.module)
-        for name in ("forward", "_bwsk", REPLICATE):
+        for name in ("forward", "_bwsk", "_bwsk_watch", REPLICATE):
             replica.__dict__.pop(name, None)
         return replica
 
@@ -89,6 +89,7 @@ def unpatch(module: nn.Module) -> Any:
     if isinstance(module.__dict__.get("forward"), PatchedForward):
         del module.forward
     module.__dict__.pop(REPLICATE, None)
+    module.__dict__.pop("_bwsk_watch", None)
     return module.__dict__.pop("_bwsk", None)
 
 

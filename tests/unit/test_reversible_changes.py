@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from bwsk import BwskError, make_reversible
 from bwsk._compat import cache_argument
-from bwsk.reversible.t5.policy import changed
+from bwsk.reversible.t5.policy import change
 from tests.unit.test_reversible_gradients import batch, differences, pair, reversible, train
 
 
@@ -264,7 +264,7 @@ def test_asking_for_hidden_states_once_does_not_switch_blocks_off():
     reversible(ours, "max")
     ours.train()(**batch(1), output_hidden_states=True)
     assert ours.encoder.block[0].layer[0]._forward_hooks
-    assert not changed(ours.encoder.block[0]._bwsk)
+    assert not change(ours.encoder.block[0]._bwsk)
     assert len(ours(**batch(1), output_attentions=True).cross_attentions) == 2
 
 

@@ -16,7 +16,7 @@ from bwsk.architecture import model_class
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import stock_peak
 from bwsk.reversible.budget import parse_budget
-from bwsk.reversible.patching import patch_forward, require_stock_forward, unpatch
+from bwsk.reversible.patching import hooked, patch_forward, require_stock_forward, unpatch
 from bwsk.reversible.plan import Level, Plan, require_within_budget, solve
 from bwsk.reversible.stock import altered, altered_functional, library_class
 from bwsk.reversible.t5 import costs
@@ -114,6 +114,11 @@ def _check_linear(name: str, module: nn.Module) -> None:
 
 def _check_parts(layer_name: str, parts: tuple[Part, ...], linears: tuple[str, ...]) -> None:
     for _, name, module, kind in parts:
+        if hooked(module):
+            raise BwskError(
+                f"make_reversible: a hook on {layer_name}.{name} would not fire inside the engine; remove it, or "
+                "register it after make_reversible, whereupon that sublayer runs its stock forward"
+            )
         if name in linears:
             _check_linear(f"{layer_name}.{name}", module)
         elif not kind.__module__.startswith(("transformers.", "torch.nn.")) or (

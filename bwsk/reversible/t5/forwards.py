@@ -24,12 +24,13 @@ from bwsk.reversible.dropout import dropout
 from bwsk.reversible.guard import refuse_double_backward
 from bwsk.reversible.patching import stock_forward
 from bwsk.reversible.plan import Level
+from bwsk.reversible.status import fell_back
 from bwsk.reversible.t5.attention import AttentionCall, Core, attention_weights
 from bwsk.reversible.t5.feed_forward import FeedForwardCall, feedforward_weights
 from bwsk.reversible.t5.float16 import OutOfFloat16
 from bwsk.reversible.t5.linear import autocast_dtype
 from bwsk.reversible.t5.nodes import AttentionNode, BlockCall, BlockNode, FeedForwardNode
-from bwsk.reversible.t5.policy import changed, engaged, policy_of
+from bwsk.reversible.t5.policy import change, engaged, policy_of
 from bwsk.reversible.t5.rms_norm import rms_apply, rms_backward, rms_statistic
 from bwsk.reversible.t5.tied_embedding import LookupNode, ProjectionNode, TiedTable
 
@@ -218,12 +219,12 @@ def block(
     kwargs = with_cache_argument(kwargs)
     x, states = hidden_states, encoder_hidden_states
     own, *middle, feed = self.layer
-    plain = (
-        engaged(self, x, states, attention_mask, encoder_attention_mask, **kwargs)
-        and x.dtype is not torch.float16  # the stock block clamps float16 between its sublayers
-        and (encoder_decoder_position_bias is None or not encoder_decoder_position_bias.requires_grad)
-        and len(middle) == (states is not None)
-    )
+    plain = engaged(
+        self, x, states, attention_mask, encoder_attention_mask, encoder_decoder_position_bias, **kwargs
+    ) and len(middle) == (states is not None)
+    if plain and x.dtype is torch.float16:
+        plain = False
+        fell_back(self, "the stock block clamps float16 between its sublayers")
     if not plain:
         return stock_forward(self)(
             x,
@@ -326,7 +327,10 @@ def projection(self: nn.Linear, input: Tensor) -> Tensor:
 def conditional(self: Any, *args: Any, **kwargs: Any) -> Any:
     """T5ForConditionalGeneration.forward while training."""
     stock = stock_forward(self)
-    if not self.training or not torch.is_grad_enabled() or changed(policy_of(self)):
+    if not self.training or not torch.is_grad_enabled():
+        return stock(*args, **kwargs)
+    if reason := change(policy_of(self)):
+        fell_back(self, reason)
         return stock(*args, **kwargs)
     if args:
         bound = inspect.signature(stock).bind(*args, **kwargs)
@@ -353,16 +357,16 @@ def conditional(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _with_loss(
     model: Any, stock: Callable[..., Any], tied: TiedTable, labels: Tensor | None, kwargs: dict[str, Any]
 ) -> Any:
-    """The stock forward's outputs, with the loss of `labels` (B, L) by the engine's own head."""
-    if labels is None:
-        return stock(**kwargs, return_dict=True)
-    if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
+    """The stock forward's outputs, with the loss of `labels` (B, L), if there are any, by the engine's own head."""
+    if labels is not None and kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
         kwargs["decoder_input_ids"] = shift_right(model)(labels)
-    if kwargs.get(CACHE) is None:
+    asked = kwargs.get("use_cache")
+    if kwargs.get(CACHE) is None and (labels is not None or not asked):
         # Training has no use for a cache, but filling one gives the stock step's keys a layout, which is reproduced.
-        asked = kwargs.get("use_cache")
         tied.cached = bool(model.decoder.config.use_cache if asked is None else asked)
         kwargs["use_cache"] = False
+    if labels is None:
+        return stock(**kwargs, return_dict=True)
     head = model.lm_head
     narrow = torch.is_autocast_enabled(labels.device.type) or head.weight.dtype is not torch.float32
     chunked = policy_of(model).level == "chunked" and not narrow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from bwsk._compat import cache_argument, globally_hooked
 from bwsk.reversible.patching import PatchedForward, hooked, state_of
+from bwsk.reversible.status import fell_back
 from bwsk.reversible.t5.float16 import OutOfFloat16
 from bwsk.reversible.t5.tied_embedding import TiedTable
 
@@ -46,37 +48,54 @@ def parts_of(owner: nn.Module, *names: str) -> tuple[Part, ...]:
     return tuple(Part(owner, name, module, type(module)) for name, module in found)
 
 
-def changed(policy: Policy) -> bool:
-    """Whether a module of the policy differs from when the policy was made: hooks, adapters, …"""
-    return globally_hooked() or any(
-        owner._modules.get(name) is not module
-        or type(module) is not kind
-        or module._parameters.get("bias") is not None
-        or hooked(module)
-        or ("forward" in module.__dict__ and not isinstance(module.__dict__["forward"], (PatchedForward, OutOfFloat16)))
-        for owner, name, module, kind in policy.parts
-    )
+def change(policy: Policy) -> str | None:
+    """How a module of the policy differs from when the policy was made: hooks, adapters, …; None if none does."""
+    if globally_hooked():
+        return "there are hooks for all modules"
+    for owner, name, module, kind in policy.parts:
+        if owner._modules.get(name) is not module or type(module) is not kind:
+            return f"its {name} has been replaced"
+        if module._parameters.get("bias") is not None:
+            return f"its {name} has got a bias"
+        if hooked(module):
+            return f"its {name} has hooks"
+        if not isinstance(module.__dict__.get("forward"), (PatchedForward, OutOfFloat16, NoneType)):
+            return f"the forward of its {name} has been replaced"
+    return None
 
 
 def engaged(module: nn.Module, x: Tensor, states: Tensor | None, *masks: Tensor | None, **kwargs: Any) -> bool:
     """Whether this call is a training step that the policy covers; if not, the stock forward runs.
 
-    Hidden states that are not contiguous are multiplied by other kernels if they need a gradient.
+    In training that is counted (`status.fell_back`); in eval mode and without gradients it is what one expects.
     """
     if not module.training or not torch.is_grad_enabled():
         return False
-    if kwargs.get(CACHE) is not None or kwargs.get("output_attentions"):
-        return False
+    if reason := _obstacle(module, x, states, *masks, **kwargs):
+        fell_back(module, reason)
+    return reason is None
+
+
+def _obstacle(module: nn.Module, x: Tensor, states: Tensor | None, *masks: Tensor | None, **kwargs: Any) -> str | None:
+    """Why a training forward has to be the stock one.
+
+    Hidden states that are not contiguous are multiplied by other kernels if they need a gradient.
+    """
+    if kwargs.get(CACHE) is not None:
+        return "it is given a generation cache (pass use_cache=False)"
+    if kwargs.get("output_attentions"):
+        return "attentions are asked for"
     if any(mask is not None and mask.requires_grad for mask in masks):
-        return False
+        return "a mask needs a gradient"
     if not x.is_contiguous() or (states is not None and not states.is_contiguous()):
-        return False
+        return "its input is not contiguous"
     policy = policy_of(module)
     attention = policy.facts.get("attention")
-    if attention is not None and (
-        attention.gradient_checkpointing or getattr(attention.config, "output_attentions", False)
-    ):
-        return False
+    if attention is not None:
+        if attention.gradient_checkpointing:
+            return "gradient checkpointing is on"
+        if getattr(attention.config, "output_attentions", False):
+            return "attentions are asked for"
     if x.dtype is not torch.float32 and torch.is_autocast_enabled(x.device.type):
-        return False
-    return not changed(policy)
+        return f"its input is {x.dtype} under autocast".replace("torch.", "")
+    return change(policy)

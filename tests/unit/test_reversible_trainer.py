@@ -1,0 +1,153 @@
+"""Under transformers' Trainer, as people call it: the stock weights after five steps, and the planned memory."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+
+from bwsk import make_reversible
+from bwsk.memory.allocation_log import Tracker
+from bwsk.memory.cuda_rules import cuda_rules
+from bwsk.units import MIB
+
+T5_SHAPE = {"batch": 4, "input_length": 24, "target_length": 16}
+CAUSAL_SHAPE = {"batch": 4, "input_length": 24}
+
+
+def t5(width: int = 32, **sizes: int) -> Any:
+    torch.manual_seed(0)
+    shape = {"d_kv": 8, "d_ff": 4 * width, "num_layers": 2, "num_heads": 4, "vocab_size": 96, **sizes}
+    return T5ForConditionalGeneration(T5Config(d_model=width, decoder_start_token_id=0, **shape))
+
+
+def llama(width: int = 32, **sizes: int) -> Any:
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, **sizes}
+    return LlamaForCausalLM(LlamaConfig(hidden_size=width, intermediate_size=2 * width, **shape))
+
+
+def examples(causal: bool, length: int = 24, target: int = 16, count: int = 40) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count):
+        tokens = torch.randint(3, 90, (length,), generator=generator)
+        labels = tokens.clone() if causal else torch.randint(3, 90, (target,), generator=generator)
+        labels[-2:] = -100
+        found.append({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels})
+    return found
+
+
+def trained(model: Any, folder: Path, *, causal: bool, resume: bool = False, **options: Any) -> dict[str, Tensor]:
+    """The weights after five steps by Trainer; with `resume`, of which the last two follow a new start."""
+    begun = resume and folder.exists()
+    kind, settings = (Trainer, TrainingArguments) if causal else (Seq2SeqTrainer, Seq2SeqTrainingArguments)
+    options = {"save_strategy": "no", **options}
+    if resume:
+        options |= {"save_strategy": "steps", "save_steps": 3}
+    arguments = settings(
+        str(folder), max_steps=5, per_device_train_batch_size=4, learning_rate=1e-2, seed=3, report_to=[], use_cpu=True,
+        disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    collator = {} if causal else {"data_collator": Pairs(model)}
+    trainer = kind(model=model, args=arguments, train_dataset=examples(causal), **collator)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if begun else None)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+class Pairs:
+    """Stacks examples; adds the decoder's inputs as transformers' own collator does for label smoothing."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        found = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        found["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=found["labels"])
+        return found
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "smoothing": {"label_smoothing_factor": 0.1},
+    "bf16": {"bf16": True},
+    "all": {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1, "bf16": True},
+    "resume": {"resume": True},
+}
+
+
+@pytest.mark.parametrize("budget", ["fast", "max"])
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("causal", [False, True], ids=["t5", "llama"])
+def test_the_weights_after_five_steps_are_the_stock_ones(causal: bool, way: str, budget: str, tmp_path: Path) -> None:
+    stock = llama() if causal else t5()
+    ours = copy.deepcopy(stock)
+    shape = CAUSAL_SHAPE if causal else T5_SHAPE
+    handle = make_reversible(ours, budget, precision="bf16" if WAYS[way].get("bf16") else "fp32", **shape)
+    found = []
+    for model, name in ((stock, "stock"), (ours, "ours")):
+        weights = trained(model, tmp_path / name, causal=causal, **WAYS[way])
+        if way == "resume":  # from the third step's checkpoint, with a model that knows nothing
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.zero_()
+            weights = trained(model, tmp_path / name, causal=causal, **WAYS[way])
+        found.append(weights)
+    assert [name for name in found[0] if not torch.equal(found[0][name], found[1][name])] == []
+    assert any(p.abs().sum() > 0 for p in found[0].values())
+    assert [row for row in handle.status() if row.stock_forwards] == []
+
+
+@pytest.mark.parametrize("budget", ["fast", "max"])
+@pytest.mark.parametrize("way", ["plain", "accumulation", "bf16"])
+@pytest.mark.parametrize("causal", [False, True], ids=["t5", "llama"])
+def test_the_step_allocates_what_the_plan_says(causal: bool, way: str, budget: str, tmp_path: Path) -> None:
+    model = llama(128, vocab_size=2048) if causal else t5(128, vocab_size=2048)
+    model.set_attn_implementation("eager")
+    shape = {"batch": 4, "input_length": 128} | ({} if causal else {"target_length": 96})
+    precision = "bf16" if way == "bf16" else "fp32"
+    handle = make_reversible(model, budget, precision=precision, **shape)
+    peaks: list[float] = []
+
+    class Measured(Trainer if causal else Seq2SeqTrainer):
+        def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            tracker = Tracker()
+            with cuda_rules(), tracker:
+                for p in model.parameters():
+                    tracker.adopt(p)
+                weights = sum(tracker.log.sizes.values())
+                loss = super().training_step(model, *args, **kwargs)
+                tracker.stop()
+            total, peak = 2 * weights, 0  # AdamW's moments
+            for _, size in tracker.log.events:
+                total += size
+                peak = max(peak, total)
+            peaks.append(peak / MIB)
+            return loss
+
+    settings = TrainingArguments if causal else Seq2SeqTrainingArguments
+    options = {key: value for key, value in WAYS[way].items() if key != "gradient_accumulation_steps"}
+    arguments = settings(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    collator = {} if causal else {"data_collator": Pairs(model)}
+    rows = examples(causal, 128, 96, 8)
+    Measured(model=model, args=arguments, train_dataset=rows, **collator).train()
+    print(way, budget, peaks, handle.plan.peak_mib)
+    assert peaks[0] == pytest.approx(handle.plan.peak_mib, rel=0.02)
