@@ -27,13 +27,16 @@ from bwsk._compat import (
     DynamicOutputShapeException,
     FakeTensorMode,
     fake_tensor_log,
-    from_config,
+    own_loss,
+    set_attention_kind,
+    set_loss,
 )
 from bwsk.architecture import build, one_line
 from bwsk.errors import BwskError
 from bwsk.example_batch import example_batch, loss_of
 from bwsk.memory.allocation_log import Log, Tracker
 from bwsk.memory.cuda_rules import cuda_rules
+from bwsk.reversible.patching import unpatch
 from bwsk.units import MIB, Precision, dtype_of, to_precision
 
 # Limit on the attention scores of one head in a step; heads and bytes then stay below the largest size of a tensor.
@@ -183,14 +186,30 @@ def faked(model: Any, attention: str) -> Iterator[nn.Module]:
 
 
 def _structure(model: Any, attention: str) -> nn.Module:
-    """A new model of the same class on the meta device."""
+    """The model on the meta device: a copy of a module as it is, with what was taken out, frozen or cast; or a new one.
+
+    A model that is reversible is copied as its stock self. A new one has float32 weights.
+    """
     config = getattr(model, "config", model)
     if not isinstance(config, PreTrainedConfig):
         raise BwskError(f"predict_memory: needs a transformers model or config, found {type(model).__name__}")
     if not isinstance(model, nn.Module):
-        return build(config, attn_implementation=attention)
-    with torch.device("meta"):
-        return from_config(type(model))(copy.deepcopy(config), attn_implementation=attention)
+        return build(config, attn_implementation=attention).float()
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    fake = copy.deepcopy(model, memo)
+    for module in fake.modules():
+        unpatch(module)
+        if getattr(own_loss(module), "__module__", "").startswith("bwsk."):
+            set_loss(module, None)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            hooks.clear()
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            set_attention_kind(module.config, attention)
+    return fake
 
 
 def _materialise(model: nn.Module) -> None:
@@ -201,7 +220,7 @@ def _materialise(model: nn.Module) -> None:
             if value is not None:
                 if id(value) not in seen:
                     seen[id(value)] = nn.Parameter(
-                        torch.empty(value.shape, dtype=torch.float32), requires_grad=value.requires_grad
+                        torch.empty(value.shape, dtype=value.dtype), requires_grad=value.requires_grad
                     )
                 module._parameters[name] = seen[id(value)]
         for name, buffer in module._buffers.items():

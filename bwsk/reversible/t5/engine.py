@@ -163,11 +163,20 @@ def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: Precis
     else:
         parts = costs.Parts.of(model_class(config))
     parameters = costs.parameters(config, parts)
-    base = 12 * parameters
+    weights = trained = 4 * parameters
+    if isinstance(model, nn.Module):  # as it is: frozen, or in another dtype
+        weights, trained = _bytes(model, trained=False), _bytes(model)
+    base = weights + 2 * trained
 
     asked = parse_budget(budget, lambda: stock_peak(model, shape, precision))
     head = costs.head(config, sizes, asked.head if precision == "fp32" else "exact", parts)
     units = costs.units(config, sizes, parts)
+    if isinstance(model, nn.Module):
+        blocks = [model.get_submodule(unit.name) for unit in units]
+        frozen = [_bytes(block, trained=False) - _bytes(block) for block in blocks]
+        units = [replace(u, gradients=max(0, u.gradients - size)) for u, size in zip(units, frozen, strict=True)]
+        if not cast(Any, model).get_input_embeddings().weight.requires_grad:
+            head = replace(head, gradient=0)
     found = Plan(
         asked,
         units,
@@ -177,7 +186,12 @@ def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: Precis
         "bit-identical" if head.kind != "chunked" else "loss head as exact as the stock one, not bit-identical",
         (config, sizes, parts.prefix),
     )
-    return require_within_budget(solve(found, asked.cap, asked.flops), 16 * parameters)
+    return require_within_budget(solve(found, asked.cap, asked.flops), weights + 3 * trained)
+
+
+def _bytes(module: nn.Module, *, trained: bool = True) -> int:
+    """Bytes of the module's weights, of those alone that are trained unless `trained` is False."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
