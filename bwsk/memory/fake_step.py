@@ -171,7 +171,7 @@ def faked(model: Any, attention: str) -> Iterator[nn.Module]:
     fake = _structure(model, attention)
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), cuda_rules():
         warnings.simplefilter("ignore")
-        _materialise(fake)
+        _materialise(fake, None if isinstance(model, nn.Module) else torch.float32)
         log = fake_tensor_log()
         before, log.disabled = log.disabled, True  # it would log, with a traceback, what is raised here anyway
         try:
@@ -188,13 +188,13 @@ def faked(model: Any, attention: str) -> Iterator[nn.Module]:
 def _structure(model: Any, attention: str) -> nn.Module:
     """The model on the meta device: a copy of a module as it is, with what was taken out, frozen or cast; or a new one.
 
-    A model that is reversible is copied as its stock self. A new one has float32 weights.
+    A model that is reversible is copied as its stock self.
     """
     config = getattr(model, "config", model)
     if not isinstance(config, PreTrainedConfig):
         raise BwskError(f"predict_memory: needs a transformers model or config, found {type(model).__name__}")
     if not isinstance(model, nn.Module):
-        return build(config, attn_implementation=attention).float()
+        return build(config, attn_implementation=attention)
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
@@ -212,15 +212,15 @@ def _structure(model: Any, attention: str) -> nn.Module:
     return fake
 
 
-def _materialise(model: nn.Module) -> None:
-    """Give a meta-device model fake CPU tensors; shared parameters stay shared."""
+def _materialise(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Give a meta-device model fake CPU tensors, weights of `dtype` or their own; shared parameters stay shared."""
     seen: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None:
                 if id(value) not in seen:
                     seen[id(value)] = nn.Parameter(
-                        torch.empty(value.shape, dtype=value.dtype), requires_grad=value.requires_grad
+                        torch.empty(value.shape, dtype=dtype or value.dtype), requires_grad=value.requires_grad
                     )
                 module._parameters[name] = seen[id(value)]
         for name, buffer in module._buffers.items():
