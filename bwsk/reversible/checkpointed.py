@@ -48,8 +48,8 @@ from bwsk.example_batch import example_batch
 from bwsk.memory.allocation_log import Tracker
 from bwsk.memory.fake_step import faked, step_loss, stock_peak
 from bwsk.reversible.budget import parse_budget
-from bwsk.reversible.caches import at_entry
 from bwsk.reversible.cross_entropy import cross_entropy
+from bwsk.reversible.entry import OwnStates, at_entry
 from bwsk.reversible.patching import (
     hooked,
     patch_forward,
@@ -141,6 +141,7 @@ def _block(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if None in caches.values():
         return stock(*args, **kwargs)
     begun: list[bool] = []
+    states = OwnStates(self)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if begun and any(
@@ -150,9 +151,11 @@ def _block(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         taken = {id(entry): entry.take() for entry in caches.values() if entry is not None}
         given = [taken.get(id(value), value) for value in args]
         named = {key: taken.get(id(value), value) for key, value in kwargs.items()}
-        found = stock(*given, **named)
+        with states.as_before():
+            found = stock(*given, **named)
         if not begun:
             begun.append(True)
+            states.left()
             for entry in caches.values():
                 if entry is not None:
                     entry.left(taken[id(entry)])
@@ -238,6 +241,18 @@ def attentions(block: nn.Module) -> list[nn.Module]:
     ]
 
 
+def attentions_in_part(block: nn.Module) -> str:
+    """ "1 of 2 attentions" for a block where scores can be recomputed in some attentions only, else ""."""
+    known = attentions(block)
+    others, inside = 0, ""
+    for name, module in block.named_modules():
+        if "Attention" not in type(module).__name__ or module is block or (inside and name.startswith(inside)):
+            continue
+        if not any(inner in known for inner in module.modules()):
+            others, inside = others + 1, f"{name}."
+    return f"{len(known)} of {len(known) + others} attentions" if known and others else ""
+
+
 def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
     """Set up the levels of a plan and the loss head; returns the modules changed."""
     return install_levels(model, plan.levels)
@@ -289,6 +304,7 @@ class _Block:
     work: int
     gradients: int
     forward: int
+    part: str  # of its attentions, those that can be recomputed
 
 
 @dataclass
@@ -296,6 +312,7 @@ class _Measured:
     """One level's step on fake tensors: the blocks that run in it, in forward order, and bytes and FLOPs outside."""
 
     blocks: list[_Block]
+    idle: list[str]  # blocks that do not run in this step, or whose output no gradient reaches
     flops: int
     head_saved: int
     head_peak: int
@@ -370,7 +387,6 @@ def _measure(
     timeline = [0]
     for _, size in tracker.log.events:
         timeline.append(timeline[-1] + size)
-    # A block that does not run in this step (of images, where it is one of text), or whose output no gradient reaches.
     order = sorted(moments.back.keys() & moments.runs.keys(), key=lambda index: moments.runs[index][0])
     if not order:
         raise BwskError(f"{type(model).__name__}: no gradient reaches its blocks in a step of text; not supported")
@@ -385,12 +401,14 @@ def _measure(
                 work=max(0, max(timeline[reached : end + 1]) - timeline[reached]),
                 gradients=gradients[index],
                 forward=moments.forward[index],
+                part=attentions_in_part(units[index]),
             )
         )
     left, flops = moments.last_left
     end = moments.back[order[-1]]
     return _Measured(
         measured,
+        idle=[name for index, name in enumerate(names) if index not in order],
         flops=tracker.flops,
         head_saved=timeline[begin] - timeline[left],
         head_peak=max(timeline[begin : end + 1]) - timeline[begin],
@@ -429,21 +447,20 @@ def _units(found: dict[Level, _Measured]) -> list[Unit]:
     stock = found[Level.STOCK]
     choices = [[Choice(block.saved, 0, block.work, ((block.name, Level.STOCK),))] for block in stock.blocks]
     for level in (Level.CHECKPOINT_ATTENTION, Level.CHECKPOINT_BLOCK):
-        less = [one.saved < block.saved for one, block in zip(found[level].blocks, stock.blocks, strict=True)]
-        share = sum(block.forward for block, saves in zip(stock.blocks, less, strict=True) if saves)
+        pairs = list(zip(found[level].blocks, stock.blocks, choices, strict=True))
+        recomputed = sum(block.forward for one, block, _ in pairs if one.saved < block.saved)
         extra = max(0, found[level].flops - stock.flops)
-        for index, (one, block) in enumerate(zip(found[level].blocks, stock.blocks, strict=True)):
-            if one.saved < choices[index][-1].saved:
-                flops = extra * block.forward // max(share, 1)
-                choices[index].append(Choice(one.saved, flops, one.work, ((block.name, level),)))
-    # Attention costs next to nothing to recompute, so that a block where it can be never runs its stock forward.
-    return [
-        Unit(
-            block.name,
-            tuple(own[1:] if len(own) > 1 and own[1].levels[0][1] == Level.CHECKPOINT_ATTENTION else own),
-            block.gradients,
-            block.forward,
-        )
+        for one, block, own in pairs:
+            if one.saved < own[-1].saved:
+                flops = extra * block.forward // max(recomputed, 1)
+                part = block.part if level == Level.CHECKPOINT_ATTENTION else ""
+                own.append(Choice(one.saved, flops, one.work, ((block.name, level),), part))
+    for own in choices:  # attention costs next to nothing to recompute, so where it saves, it always is
+        if any(choice.levels[0][1] == Level.CHECKPOINT_ATTENTION for choice in own):
+            del own[0]
+    idle = [Unit(name, (Choice(0, 0, 0, ((name, Level.STOCK),)),), 0, 0) for name in stock.idle]
+    return idle + [
+        Unit(block.name, tuple(own), block.gradients, block.forward)
         for block, own in zip(stock.blocks, choices, strict=True)
     ]
 

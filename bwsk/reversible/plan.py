@@ -44,6 +44,7 @@ class Choice:
     flops: int
     work: int
     levels: tuple[tuple[str, str], ...]  # (module, level)
+    part: str = ""  # of what the level holds, if not of all: "1 of 2 attentions"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Generation caches for a block whose forward is recomputed: each time, a cache as the block found it.
+"""What a block whose forward is recomputed must find as it was: the generation cache, and states on its modules.
 
 transformers gives a cache to every forward by default, in training too, and the layout of the keys in it affects
 rounding. A block's forward fills its layer of the cache. Its recomputation must find that layer as it was before, in a
@@ -8,6 +8,8 @@ cache of the same kind, without holding what other blocks have put into theirs.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,10 +39,10 @@ class CacheAtEntry:
         again.layers = [copy.copy(x) if type(x) in _REPLACING else copy.deepcopy(x) for x in self._shell.layers]
         return again
 
-    def left(self, cache: Cache) -> None:
+    def left(self, cache: Any) -> None:
         """Forget the layers that the block's first run has not changed."""
         for index, (then, now) in enumerate(zip(self._shell.layers, cache.layers, strict=False)):
-            if type(then) in _REPLACING and then.keys is now.keys:
+            if isinstance(then, _REPLACING) and isinstance(now, _REPLACING) and then.keys is now.keys:
                 self._shell.layers[index] = DynamicLayer()
 
 
@@ -62,10 +64,48 @@ class CachesAtEntry:
         again.is_updated = dict(self._updated)
         return again
 
-    def left(self, cache: EncoderDecoderCache) -> None:
+    def left(self, cache: Any) -> None:
         """Forget the layers that the block's first run has not changed."""
         for part, now in zip(self._parts, (cache.self_attention_cache, cache.cross_attention_cache), strict=True):
             part.left(now)
+
+
+class OwnStates:
+    """Tensors that a block's modules keep on themselves from step to step, such as a recurrent state."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._before = self._now()
+        self._changed: dict[tuple[nn.Module, str], Any] = {}
+
+    def _now(self) -> dict[tuple[nn.Module, str], Any]:
+        return {
+            (module, name): value
+            for module in self._block.modules()
+            for name, value in vars(module).items()
+            if value is None or isinstance(value, Tensor)
+        }
+
+    def left(self) -> None:
+        """Remember, after the block's first run, the values before it of what has changed."""
+        now = self._now()
+        self._changed = {key: value for key, value in self._before.items() if key in now and now[key] is not value}
+        self._before = {}
+
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """The states that the block found, within a `with` block."""
+        now = {(module, name): vars(module)[name] for module, name in self._changed}
+        try:
+            _set(self._changed)
+            yield
+        finally:
+            _set(now)
+
+
+def _set(states: dict[tuple[nn.Module, str], Any]) -> None:
+    for (module, name), value in states.items():
+        vars(module)[name] = value
 
 
 def at_entry(block: nn.Module, cache: Cache) -> CacheAtEntry | CachesAtEntry | None:
