@@ -1,9 +1,9 @@
-"""Which of transformers' language models train reversibly with stock's bits: `python bench/coverage.py docs/coverage.md`.
+"""Which language models of transformers train with stock's bits: `python bench/coverage.py docs/coverage.md`.
 
 Every causal, masked and sequence-to-sequence class of the installed transformers that can be made small is trained for
 two steps by its stock code and, from the same weights and seed, made reversible with `fast` and `max`: eager and SDPA
-attention, float32 and bfloat16 autocast, dropout on, padding, the default cache. The loss and every gradient are
-compared bit by bit, and the bytes that autograd saves with what the plan says.
+attention, eager attention set afterwards, float32 and bfloat16 autocast, dropout on, padding, the default cache. The
+loss and every gradient are compared bit by bit, and the bytes that autograd saves with what the plan says.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import argparse
 import copy
 import inspect
 import re
+import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from bwsk._compat import from_config, storage_key
 from bwsk.architecture import one_line
 from bwsk.reversible import checkpointed
 from bwsk.reversible.handle import engine_for
-from bwsk.reversible.plan import Plan, solve
+from bwsk.reversible.plan import Level, Plan
 
 KINDS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -104,13 +107,13 @@ MORE: dict[str, dict[str, Any]] = {
 OF_CLASS = {"ReformerModelWithLMHead": {"is_decoder": True}}
 
 
-def classes() -> dict[str, tuple[str, str]]:
-    """Class name -> (model type, kind) for the classes that the sweep is about."""
-    found: dict[str, tuple[str, str]] = {}
+def classes() -> dict[str, str]:
+    """Class name -> kind for the classes that the sweep is about, in the order of their names."""
+    found: dict[str, str] = {}
     for kind, mapping in KINDS.items():
-        for model_type, names in getattr(_compat, mapping).items():
+        for names in getattr(_compat, mapping).values():
             for name in (names,) if isinstance(names, str) else names:
-                found.setdefault(name, (model_type, kind))
+                found.setdefault(name, kind)
     return dict(sorted(found.items()))
 
 
@@ -223,18 +226,18 @@ def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the sweep found of one class: "compared", "refused", "not built" or "FAULT", and the reason."""
+    """What the sweep found of one class: "compared", "refused", "not built" or "FAULT", and why."""
 
     name: str
     kind: str
     result: str
     detail: str = ""
-    saved: tuple[float, ...] = ()  # saved bytes of `fast` and `max` in parts of stock's
-    levels: tuple[str, ...] = ()  # of `max`
+    saved: tuple[float, ...] = ()  # bytes that `fast` and `max` save, as parts of stock's
+    levels: tuple[str, ...] = ()  # those of `max`
 
 
-class _Fault(Exception):
-    """The engine does something else than stock, or than its plan says."""
+class Fault(Exception):
+    """The engine does something else than stock does, or than its plan says."""
 
 
 def outcome_of(name: str, kind: str = "causal") -> Outcome:
@@ -243,19 +246,21 @@ def outcome_of(name: str, kind: str = "causal") -> Outcome:
         warnings.simplefilter("ignore")
         try:
             model = small_model(name)
-            batch, stock = _trainable(model)
-        except Exception as error:  # classes need what this sweep does not give in as many ways as there are classes
-            return Outcome(name, kind, "not built", f"{type(error).__name__}: {one_line(error)}")
+            batch, stock = trainable(model)
+        except Exception as error:  # what a class needs and does not find here differs as much as classes do
+            return Outcome(name, kind, "not built", one_line(error))
         try:
             return _compared(name, kind, model, batch, stock)
         except BwskError as error:
             return Outcome(name, kind, "refused", str(error))
-        except _Fault as error:
+        except Fault as error:
             return Outcome(name, kind, "FAULT", str(error))
+        except Exception as error:
+            return Outcome(name, kind, "FAULT", f"make_reversible: {type(error).__name__}: {one_line(error)}")
 
 
-def _trainable(model: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """A batch on which the stock model trains, and its steps. Some need targets as long as their inputs."""
+def trainable(model: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """A batch on which the stock model trains, and its steps. Some classes need targets as long as their inputs."""
     try:
         batch = batch_of(model, TARGET)
         stock = train(copy.deepcopy(model), batch)
@@ -269,107 +274,191 @@ def _trainable(model: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Tens
     return batch, stock
 
 
-def _compared(name: str, kind: str, model: nn.Module, batch: dict[str, Tensor], stock: Any) -> Outcome:
+def plans_of(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Plan]:
+    """The plans for `fast`, and for `max` where activations fill the memory: the last choice of every block."""
     target = batch["labels"].shape[1]
-    ours = copy.deepcopy(model)  # some classes change themselves in their first step
-    fast = make_reversible(ours, "fast", batch=BATCH, input_length=LENGTH, target_length=target).plan
-    plans = {"fast": fast, "max": solve(_copied(fast), None, None)}
-    engine = engine_for(model)
-    notes, shares = [], []
-    bare = _bare(model, engine)
-    least = saved_bytes(bare, batch)
-    whole = saved_bytes(copy.deepcopy(model), batch)
-    measured = []
-    for budget, plan in plans.items():
-        ours = _installed(model, plan, engine)
-        try:
-            saved = saved_bytes(ours, batch)
-        except Exception as error:
-            raise _Fault(f"{budget}: {type(error).__name__}: {one_line(error)}") from error
-        shares.append(saved / whole)
-        measured.append(saved)
-        if set(plan.levels.values()) - {"stock"} and saved >= least:
-            raise _Fault(f"{budget}: says {_levels(plan)}, but saves {saved} bytes, where stock blocks save {least}")
-    planned = plans["fast"].saved - plans["max"].saved
-    if measured[0] - measured[1] < planned / 2:
-        raise _Fault(f"max: says {planned} bytes less than fast, saves {measured[0]} and {measured[1]}")
+    copied = copy.deepcopy(model)  # some classes change themselves in their first step
+    fast = make_reversible(copied, "fast", batch=BATCH, input_length=LENGTH, target_length=target).plan
+    lowest = copy.copy(fast)
+    lowest.choice_indices = [len(unit.choices) - 1 for unit in fast.units]
+    return {"fast": fast, "max": lowest}
+
+
+def _compared(name: str, kind: str, model: nn.Module, batch: dict[str, Tensor], stock: Any) -> Outcome:
+    plans = plans_of(model, batch)
+    shares = _saved(model, batch, plans)
+    without = []
     for attention in ATTENTIONS:
         if attention != "eager":
             try:
                 model = small_model(name, attention)
-                batch, stock = _trainable(model)
-            except Exception as error:
-                notes.append(f"without {attention}: {one_line(error)}")
+                batch, stock = trainable(model)
+            except Exception:  # the class has no such attention
+                without.append(attention)
                 continue
         for dtype in PRECISIONS:
             try:
                 reference = stock if dtype == torch.float32 else train(copy.deepcopy(model), batch, dtype)
-            except Exception as error:
-                notes.append(f"without {attention} {str(dtype)[6:]}: {one_line(error)}")
+            except Exception:  # the stock step does not run under autocast
+                without.append(f"{attention} in {str(dtype).removeprefix('torch.')}")
                 continue
             for budget, plan in plans.items():
-                at = f"{budget}, {attention}, {str(dtype)[6:]}"
-                try:
-                    found = differences(reference, train(_installed(model, plan, engine), batch, dtype))
-                except Exception as error:
-                    raise _Fault(f"{at}: {type(error).__name__}: {one_line(error)}") from error
-                if found:
-                    raise _Fault(f"{at}: {len(found)} tensors differ, such as {found[0]}")
-    return Outcome(name, kind, "compared", "; ".join(notes), tuple(shares), _levels(plans["max"]))
+                _require_same(f"{budget}, {attention}, {dtype}", reference, installed(model, plan), batch, dtype)
+        if attention != "eager":  # another one set later
+            other = copy.deepcopy(model)
+            other.set_attn_implementation("eager")
+            ours = installed(model, plans["fast"])
+            ours.set_attn_implementation("eager")
+            _require_same(f"fast, {attention} and then eager", train(other, batch), ours, batch)
+    levels = tuple(sorted({str(level) for level in plans["max"].levels.values()}))
+    return Outcome(name, kind, "compared", ", ".join(without), shares, levels)
 
 
-def _installed(model: nn.Module, plan: Plan, engine: Any) -> nn.Module:
+def _saved(model: nn.Module, batch: dict[str, Tensor], plans: dict[str, Plan]) -> tuple[float, ...]:
+    """What each plan saves as parts of stock. Raises `Fault` if that is not less where a plan says so."""
+    stock = saved_bytes(copy.deepcopy(model), batch)
+    bare = saved_bytes(_stock_blocks(model), batch)
+    found = {}
+    for budget, plan in plans.items():
+        try:
+            found[budget] = saved_bytes(installed(model, plan), batch)
+        except Exception as error:
+            raise Fault(f"{budget}: {type(error).__name__}: {one_line(error)}") from error
+        if set(plan.levels.values()) - {Level.STOCK} and found[budget] >= bare:
+            raise Fault(f"{budget}: its plan recomputes, but {found[budget]} bytes are saved, by stock blocks {bare}")
+    planned, freed = plans["fast"].saved - plans["max"].saved, found["fast"] - found["max"]
+    if freed < planned / 2:
+        raise Fault(f"max: its plan saves {planned} bytes less than that of fast; it was {freed}")
+    return tuple(size / stock for size in found.values())
+
+
+def _require_same(
+    where: str, stock: Any, ours: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    try:
+        found = differences(stock, train(ours, batch, dtype))
+    except Exception as error:
+        raise Fault(f"{where}: {type(error).__name__}: {one_line(error)}") from error
+    if found:
+        raise Fault(f"{where}: {len(found)} tensors differ, such as {found[0]}")
+
+
+def installed(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of a model that follows a plan."""
     ours = copy.deepcopy(model)
-    engine.install(ours, plan)
+    engine_for(ours).install(ours, plan)
     return ours
 
 
-def _bare(model: nn.Module, engine: Any) -> nn.Module:
-    """A copy with the loss head alone, where the engine has one for blocks that run their stock code."""
+def _stock_blocks(model: nn.Module) -> nn.Module:
+    """A copy whose blocks run their stock code, with the loss head of causal models."""
     ours = copy.deepcopy(model)
-    if engine is checkpointed:
-        checkpointed.install_levels(ours, dict.fromkeys(checkpointed.blocks(ours), "stock"))
+    if engine_for(ours) is checkpointed:
+        checkpointed.install_levels(ours, {})
     return ours
 
 
-def _levels(plan: Plan) -> tuple[str, ...]:
-    return tuple(sorted({str(level) for level in plan.levels.values()}))
-
-
-def _copied(plan: Plan) -> Plan:
-    found = copy.copy(plan)
-    found.choice_indices = list(plan.choice_indices)
-    return found
-
-
-def sweep(names: list[str] | None = None, show: bool = False) -> list[Outcome]:
-    """The outcome of each class, in the order of their names."""
-    found = []
-    for name, (_, kind) in classes().items():
-        if names is not None and name not in names:
-            continue
+def sweep(names: Iterable[str], show: bool = False) -> list[Outcome]:
+    """The outcome of each class."""
+    kinds, found = classes(), []
+    for name in names:
         begin = time.perf_counter()
-        found.append(outcome_of(name, kind))
+        found.append(one := outcome_of(name, kinds[name]))
         if show:
-            one = found[-1]
-            print(
-                f"{one.result:10}{name:48}{time.perf_counter() - begin:5.1f} s  {one.saved} {one.levels} {one.detail}",
-                flush=True,
-            )
+            seconds = time.perf_counter() - begin
+            print(f"{one.result:9} {name:48} {seconds:5.1f} s {one.saved} {one.levels} {one.detail}", flush=True)
     return found
+
+
+# Reasons as the document groups them: without the names of one model.
+_REASONS = {
+    r".*routes tokens to experts.*": "routes tokens to experts",
+    r".*not transformers' GradientCheckpointingLayer.*": "blocks that are not a `GradientCheckpointingLayer`",
+    r".*depends on values, not on shapes.*": "what a training step computes depends on values",
+    r".* holds (\w+), whose state.*": r"its blocks hold \1",
+    r".*missing 1 required positional argument: '(\w+)'": r"needs `\1`",
+    r"takes (\w+)": r"takes `\1`, not token ids",
+}
+
+
+def reason(outcome: Outcome) -> str:
+    """Why a class was not compared, without the names of this class."""
+    for pattern, text in _REASONS.items():
+        if found := re.fullmatch(pattern, outcome.detail):
+            return found.expand(text)
+    text = outcome.detail if len(outcome.detail) <= 120 else outcome.detail[:117] + "..."
+    return text.replace("|", "\\|")
+
+
+def versions() -> str:
+    """The versions that a run is about."""
+    plain = (metadata.version(package).partition("+")[0] for package in ("transformers", "torch"))
+    return "transformers {}, torch {}".format(*plain)
+
+
+def document(found: list[Outcome]) -> str:
+    """The page of the documentation."""
+    counts = Counter((one.kind, one.result) for one in found)
+    results = ("compared", "refused", "not built")
+    lines = [
+        "# Coverage",
+        "",
+        f"With {versions()}: every causal, masked and sequence-to-sequence class of transformers that could be made",
+        "small, with random weights. Two training steps each, on the CPU: `fast` and `max`, eager attention and SDPA",
+        "(and eager set later, on a model made with SDPA), float32 and bfloat16 autocast, dropout, padding, and the",
+        "default cache.",
+        'Compared with `torch.equal` are the loss and every gradient; all classes below "Compared" were bit-identical.',
+        "Made by `python bench/coverage.py docs/coverage.md`.",
+        "",
+        "| classes | " + " | ".join(results) + " |",
+        "|---|---|---|---|",
+        *(f"| {kind} | " + " | ".join(str(counts[kind, result]) for result in results) + " |" for kind in KINDS),
+        "| all | " + " | ".join(str(sum(counts[kind, result] for kind in KINDS)) for result in results) + " |",
+        "",
+        "## Compared",
+        "",
+        "Bytes that the forward saves for the backward, as a percentage of stock's, at this small size in float32 with",
+        "eager attention; and the levels of `max`, here the lowest of each block, which `max` takes where activations",
+        "fill the memory. `stock` is a block in which nothing is recomputed.",
+        "",
+        "| class | `fast` | `max` | levels of `max` | not compared |",
+        "|---|---|---|---|---|",
+    ]
+    for one in found:
+        if one.result == "compared":
+            saved = " | ".join(f"{100 * share:.0f} %" for share in one.saved)
+            lines.append(f"| `{one.name}` | {saved} | {', '.join(one.levels)} | {one.detail} |")
+    titles = {"refused": "Refused", "not built": "Not built", "FAULT": "Faults"}
+    notes = {
+        "refused": "`make_reversible` raises a `BwskError` that says so.",
+        "not built": "The sweep does not know how to make these small or what to train them on, or they do not train.",
+        "FAULT": "Other bits than stock's.",
+    }
+    for result, title in titles.items():
+        rest = [one for one in found if one.result == result]
+        if rest:
+            lines += ["", f"## {title}", "", notes[result], "", "| why | classes |", "|---|---|"]
+            groups = Counter(reason(one) for one in rest)
+            for why, _ in groups.most_common():
+                lines.append(f"| {why} | {', '.join(f'`{one.name}`' for one in rest if reason(one) == why)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
+    """Write the document."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("document", type=Path)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="classes whose names this regular expression finds")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    names = [name for name in classes() if re.search(options.only, name)]
-    begin = time.perf_counter()
-    found = sweep(names, show=True)
-    print(Counter(one.result for one in found), f"{time.perf_counter() - begin:.0f} s")
+    begin = time.process_time()
+    found = sweep([name for name in classes() if re.search(options.only, name)], show=True)
+    options.document.write_text(document(found), encoding="utf-8")
+    counts = Counter(one.result for one in found)
+    print(f"wrote {options.document}: {dict(counts)}, {time.process_time() - begin:.0f} s of one core")
+    if counts["FAULT"]:
+        sys.exit("faults were found")
 
 
 if __name__ == "__main__":
