@@ -73,7 +73,13 @@ SIZES = {
 _PATTERNS = [(re.compile(names), size) for names, size in SIZES.items()]
 # Lists with an entry for each layer, by which layers differ: both layers of a small model are of different kinds.
 _LAYER_KINDS = re.compile(r"layer_types|layers_block_type|mlp_layer_types|block_types|attn_layers|indexer_types")
-# What a model type needs beside these. Each value is what its own check or its own arithmetic asks for.
+_ZAMBA = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "attention_hidden_size": 64,
+    "attention_head_dim": 16,
+}
+# What a model type (or a config's class) needs beside these, by its own checks and its own arithmetic.
 MORE: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_d_head": 8, "attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 1},
@@ -97,11 +103,13 @@ MORE: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
-    "mpt": {"attn_pdrop": 0},
+    "MptAttentionConfig": {"attn_pdrop": 0},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 4},
     "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (4, 3), "attn_layers": ("local", "local")},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
+    "zamba": _ZAMBA,
+    "zamba2": _ZAMBA,
 }
 # The same for a class.
 OF_CLASS = {"ReformerModelWithLMHead": {"is_decoder": True}}
@@ -135,7 +143,7 @@ def small(config: PreTrainedConfig) -> PreTrainedConfig:
     own = vars(config)
     if own.get("num_key_value_heads") == own.get("num_attention_heads") and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = fields["num_attention_heads"]  # latent attention has no groups
-    more = MORE.get(config.model_type, {})
+    more = MORE.get(config.model_type, {}) | MORE.get(type(config).__name__, {})
     errors = []
     for extra in (lists, {}):
         try:

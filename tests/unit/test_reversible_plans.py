@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,8 +113,20 @@ CACHES = {
 def test_whole_blocks_are_recomputed_with_the_default_cache(name: str) -> None:
     model = small_model(name)
     batch = batch_of(model, 7)
-    assert saved_bytes(whole_blocks(model), batch) < 0.7 * saved_bytes(copy.deepcopy(model), batch)
+    saved = saved_bytes(whole_blocks(model), batch)
+    assert saved < 0.7 * saved_bytes(copy.deepcopy(model), batch)
+    assert saved == saved_bytes(whole_blocks(model), {**batch, "use_cache": False})
     assert differences(train(copy.deepcopy(model), batch), train(whole_blocks(model), batch)) == []
+
+
+def test_modules_name_their_layer_of_a_cache_by_names_that_are_known() -> None:
+    """In the source of every model of the installed transformers: `cache.update(keys, values, self.NAME)`."""
+    call = re.compile(
+        r"(?:past_key_values?|layer_past)\.update\(\s*[\w.]+,\s*[\w.]+,\s*(?:layer_idx=)?self\.(\w+)"
+    )
+    models = Path(transformers.__file__).parent / "models"
+    names = {name for path in models.glob("*/modeling_*.py") for name in call.findall(path.read_text("utf-8"))}
+    assert names == {"layer_idx", "layer_id"}
 
 
 def test_a_recomputed_block_finds_what_it_found_in_a_cache_that_was_passed_in() -> None:

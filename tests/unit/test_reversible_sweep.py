@@ -20,10 +20,10 @@ QUICK = [
     "BloomForCausalLM",
     "DebertaV2ForMaskedLM",
     "GPTNeoForCausalLM",
-    "Lfm2ForCausalLM",
+    "MBartForCausalLM",
     "OPTForCausalLM",
-    "PLBartForConditionalGeneration",
     "T5ForConditionalGeneration",
+    "XGLMForCausalLM",
 ]
 
 
