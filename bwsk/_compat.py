@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module, metadata, util
@@ -287,15 +286,11 @@ def set_attention_kind(config: Any, kind: str | None) -> None:
         raise _error("transformers.PreTrainedConfig._attn_implementation_internal", "make_reversible")
 
 
-def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
-    """The eager attention of the file that the module's class is from; None if there is none."""
-    return getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
-
-
 def looks_up_attention(module: nn.Module) -> bool:
-    """Whether the module looks up its attention function in its config."""
-    named = "Attention" in type(module).__name__
-    return named and hasattr(module, "config") and eager_attention(module) is not None
+    """Whether the module's forward asks `ALL_ATTENTION_FUNCTIONS` for the attention function that its config names."""
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    return code is not None and "get_interface" in code.co_names and hasattr(module, "config")
 
 
 def routes_to_experts(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ Values do not matter where these are used (on tensors without values), so ids, p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from bwsk._compat import tree_leaves
 from bwsk.errors import BwskError
+
+# Labels of which each sequence has one: an index of a token or of a class.
+_ONE_EACH = ("start_positions", "end_positions", "next_sentence_label", "sentence_order_label")
 
 
 def example_batch(
@@ -28,7 +31,8 @@ def example_batch(
     """Inputs of a training step of a transformers model: token ids (B, L) or pixels (B, C, H, W), and its labels.
 
     Decoders of encoder-decoder models get `target_length` tokens: as labels, from which the model itself makes their
-    input, or as ids where it takes no labels. `image_size` is used for models whose config has none. Raises `BwskError`
+    input, or as ids where it takes no labels. Question answering gets the positions of its answers (B,), pretraining
+    heads their label of each sequence (B,). `image_size` is used for models whose config has none. Raises `BwskError`
     for a model that takes something else, or fewer tokens than these.
     """
     config, name = getattr(model, "config", None), type(model).__name__
@@ -53,13 +57,15 @@ def example_batch(
         inputs[main] = torch.zeros(batch, input_length, dtype=torch.long, device=device)
     else:
         raise BwskError(f"{name}: takes {main}, which is not text or pixels; not supported without a batch of its own")
-    targets = target_length if getattr(config, "is_encoder_decoder", False) else None
+    # A decoder alone, such as PegasusForCausalLM, may have its parent's config.
+    targets = target_length if getattr(config, "is_encoder_decoder", False) and _takes_targets(accepted) else None
     one_each = main == "pixel_values" or ("Classification" in name and "TokenClassification" not in name)
     if "labels" in accepted:
         shape = (batch,) if one_each else (batch, targets or input_length)
         inputs["labels"] = torch.zeros(shape, dtype=torch.long, device=device)
     elif targets is not None:
         inputs["decoder_input_ids"] = torch.zeros(batch, targets, dtype=torch.long, device=device)
+    inputs |= {name: torch.zeros(batch, dtype=torch.long, device=device) for name in _ONE_EACH if name in accepted}
     if "use_cache" in accepted:
         inputs["use_cache"] = False  # training has no use for the cache of generation
     return inputs
@@ -114,10 +120,28 @@ def random_batch(
     return {k: (v.to(device, dtype) if v.is_floating_point() else v.to(device)) for k, v in found.items()}
 
 
+def _takes_targets(accepted: Iterable[str]) -> bool:
+    return any(name.startswith("decoder_") for name in accepted)
+
+
+def label_arguments(model: nn.Module) -> list[str]:
+    """The arguments of a model's forward from which a loss may be computed: none for a model without a head."""
+    accepted = inspect.signature(model.forward).parameters
+    return [name for name in accepted if "label" in name or name in (*_ONE_EACH, "return_loss")]
+
+
+def own_loss_of(outputs: Any) -> Tensor | None:
+    """The loss that a model returned, also as the first of a tuple, if any."""
+    if isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0:
+        return outputs[0]
+    loss = getattr(outputs, "loss", None)
+    return loss if isinstance(loss, Tensor) else None
+
+
 def loss_of(outputs: Any) -> Tensor | None:
     """The loss that a model returned, else the mean of its first floating-point output, in float32, if any."""
-    loss = getattr(outputs, "loss", None)
-    if isinstance(loss, Tensor):
+    loss = own_loss_of(outputs)
+    if loss is not None:
         return loss
     leaves = tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
     return next((leaf.float().mean() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)

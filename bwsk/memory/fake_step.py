@@ -33,7 +33,7 @@ from bwsk._compat import (
 )
 from bwsk.architecture import build, one_line
 from bwsk.errors import BwskError
-from bwsk.example_batch import example_batch, loss_of
+from bwsk.example_batch import example_batch, label_arguments, loss_of, own_loss_of
 from bwsk.memory.allocation_log import Log, Tracker
 from bwsk.memory.cuda_rules import cuda_rules
 from bwsk.reversible.patching import unpatch
@@ -196,11 +196,17 @@ def _structure(model: Any, attention: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         return build(config, attn_implementation=attention)
     memo: dict[int, Any] = {}
+    untrained = not any(p.requires_grad for p in model.parameters())  # until adapters are added, say
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad or untrained)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    fake = copy.deepcopy(model, memo)
+    try:
+        fake = copy.deepcopy(model, memo)
+    except Exception as error:  # a lock or a file among its attributes, say
+        raise BwskError(
+            f"{type(model).__name__}: cannot be copied to be run on fake tensors: {one_line(error)}"
+        ) from None
     for module in fake.modules():
         unpatch(module)
         if getattr(own_loss(module), "__module__", "").startswith("bwsk."):
@@ -229,10 +235,10 @@ def _materialise(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def step_loss(model: nn.Module, inputs: dict[str, Any], precision: Precision) -> Tensor:
-    """The model's own loss, or for a model without a head the mean of its last hidden states.
+    """The model's own loss, or for a model without a head (that takes no labels) the mean of its first output.
 
-    Raises `BwskError` if the model does not accept these inputs, such as their lengths or kind of labels, or returns
-    nothing to take a gradient of.
+    Raises `BwskError` if the model does not accept these inputs, such as their lengths or kind of labels, computes no
+    loss from them though it takes labels, or returns nothing to take a gradient of.
     """
     with torch.autocast("cpu", dtype=dtype_of(precision), enabled=precision != "fp32"):
         try:
@@ -240,11 +246,20 @@ def step_loss(model: nn.Module, inputs: dict[str, Any], precision: Precision) ->
         except (BwskError, DataDependentOutputException, DynamicOutputShapeException):
             raise
         except Exception as error:  # models refuse inputs in as many ways as there are models
-            given = ", ".join(f"{key} {tuple(v.shape)}" for key, v in inputs.items() if isinstance(v, Tensor))
             raise BwskError(
-                f"{type(model).__name__}: its training step does not run on {given}: {one_line(error)}"
+                f"{type(model).__name__}: its training step does not run on {_shapes(inputs)}: {one_line(error)}"
             ) from error
         loss = loss_of(outputs)
+    if own_loss_of(outputs) is None and (wanted := label_arguments(model)):
+        more = [name for name in wanted if name not in inputs]
+        raise BwskError(
+            f"{type(model).__name__}: computes no loss from {_shapes(inputs)}"
+            f"{'; it also takes ' + ', '.join(more) if more else ''}; not supported"
+        )
     if loss is None:
         raise BwskError(f"{type(model).__name__}: its outputs hold no floating-point tensor to train on; not supported")
     return loss
+
+
+def _shapes(inputs: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {tuple(v.shape)}" for key, v in inputs.items() if isinstance(v, Tensor))

@@ -1,19 +1,20 @@
 """The engine for other architectures: regions of the stock graph are recomputed, by a plan measured on fake tensors.
 
 A model without an engine of its own keeps the stock autograd graph. Regions of it are recomputed by PyTorch's
-non-reentrant checkpoint, which leaves the order of every sum as it is. There are two levels per block:
+non-reentrant checkpoint, which leaves the order of every sum as it is. There are three levels per block:
 
+    stock                   nothing is recomputed, for nothing in the block can be or nothing would be saved by it
     checkpoint_attention    attention from q, k, v: scores, softmax and dropout are recomputed, the products around
                             them saved
     checkpoint_block        the whole block from its input
 
 Causal language models also get the loss head that saves one copy of the logits. Saved bytes, working memory and FLOPs
-of each block are read off a training step on fake tensors, once per level; the plan is then solved like T5's.
+of each block are read off a training step on fake tensors, once per level. A level that saves no less in a block than a
+cheaper one is none of its choices. The plan is then solved like T5's.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,14 +24,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from bwsk._compat import (
     ALL_ATTENTION_FUNCTIONS,
     LOSS_MAPPING,
     BatchNorm,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     ForCausalLMLoss,
     GradientCheckpointingLayer,
     attention_kind,
@@ -38,17 +37,17 @@ from bwsk._compat import (
     looks_up_attention,
     own_loss,
     routes_to_experts,
-    set_attention_kind,
     set_loss,
     tensor_version,
+    tree_leaves,
 )
-from bwsk.architecture import build
 from bwsk.errors import BwskError
 from bwsk.example_batch import example_batch
 from bwsk.memory.allocation_log import Tracker
 from bwsk.memory.fake_step import faked, step_loss, stock_peak
 from bwsk.reversible.budget import parse_budget
 from bwsk.reversible.cross_entropy import cross_entropy
+from bwsk.reversible.entry import OwnStates, at_entry
 from bwsk.reversible.patching import (
     hooked,
     patch_forward,
@@ -63,7 +62,7 @@ from bwsk.reversible.stock import altered_function, altered_functional
 from bwsk.units import Precision
 
 _KINDS = ("eager", "sdpa")
-_LEVELS = (Level.CHECKPOINT_ATTENTION, Level.CHECKPOINT_BLOCK)
+_LEVELS = (Level.STOCK, Level.CHECKPOINT_ATTENTION, Level.CHECKPOINT_BLOCK)
 
 
 # The attention module whose forward runs now, if its scores are to be recomputed.
@@ -133,24 +132,11 @@ def _recomputed(function: Callable[..., Any], weights: Iterable[Tensor], *args: 
     return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
-def _holds_nothing(cache: Cache, layer: int) -> bool:
-    """Whether a cache is of plain keys and values, and has none of this layer yet.
-
-    Cache layers of another kind (linear attention, states of a convolution) have methods that an empty `DynamicCache`
-    lacks.
-    """
-    if type(cache) is not DynamicCache:
-        return False
-    if layer < len(cache.layers) and type(cache.layers[layer]) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        return False
-    return cache.get_seq_length(layer) == 0
-
-
 def _block(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Forward of a block that is recomputed as a whole while it trains.
 
-    In transformers a generation cache is on by default, in training too, and the layout that it gives to the keys
-    affects rounding. The forward fills the cache as usual; the recomputation gets an empty one of its own.
+    A generation cache, which transformers gives it by default, is filled by the forward as usual. The recomputation
+    gets one of its own, in the state in which the block found it.
     """
     stock = stock_forward(self)
     if not self.training or not torch.is_grad_enabled():
@@ -162,33 +148,35 @@ def _block(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         fell_back(self, "a module inside has hooks")
         return stock(*args, **kwargs)
     tensors = [*self.parameters(), *self.buffers()]
-    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
-    if caches:
-        layer = next(
-            (
-                index
-                for m in self.modules()
-                if (index := getattr(m, "layer_idx", getattr(m, "layer_id", None))) is not None
-            ),
-            None,
-        )
-        if layer is None or not _holds_nothing(caches[0], layer):
-            fell_back(self, "it is given a generation cache that is not empty, or of another kind (use_cache=False)")
-            return stock(*args, **kwargs)
+    # The cache itself is held by its layers' states at entry alone, so that it goes when the caller lets it go.
+    caches = {id(value): at_entry(self, value) for value in (*args, *kwargs.values()) if isinstance(value, Cache)}
+    if None in caches.values():
+        fell_back(self, "it is given a generation cache that is not empty, or of another kind (use_cache=False)")
+        return stock(*args, **kwargs)
     begun: list[bool] = []
+    states = OwnStates(self)
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        if begun and any(
+            now is not then for now, then in zip((*self.parameters(), *self.buffers()), tensors, strict=True)
+        ):
+            raise BwskError("make_reversible: a block got other weights between forward and backward")
+        taken = {id(entry): entry.take() for entry in caches.values() if entry is not None}
+        given = [taken.get(id(value), value) for value in args]
+        named = {key: taken.get(id(value), value) for key, value in kwargs.items()}
+        with states.as_before():
+            found = stock(*given, **named)
         if not begun:
             begun.append(True)
-            return stock(*args, **kwargs)
-        if any(now is not then for now, then in zip((*self.parameters(), *self.buffers()), tensors, strict=True)):
-            raise BwskError("make_reversible: a block got other weights between forward and backward")
-        empty = DynamicCache()
-        fresh = [empty if isinstance(value, Cache) else value for value in args]
-        named = {key: empty if isinstance(value, Cache) else value for key, value in kwargs.items()}
-        return stock(*fresh, **named)
+            states.left()
+            for entry in caches.values():
+                if entry is not None:
+                    entry.left(taken[id(entry)])
+        return found
 
-    return _recomputed(run, tensors, *args, **kwargs)
+    given = [caches.get(id(value), value) for value in args]
+    named = {key: caches.get(id(value), value) for key, value in kwargs.items()}
+    return _recomputed(run, tensors, *given, **named)
 
 
 def _causal_loss(
@@ -256,8 +244,26 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def attentions(block: nn.Module) -> list[nn.Module]:
-    """The modules of a block that look up an attention implementation in their config."""
-    return [module for module in block.modules() if looks_up_attention(module)]
+    """The modules of a block whose scores can be recomputed: they look up an implementation that is known."""
+    return [
+        module
+        for module in block.modules()
+        if looks_up_attention(module)
+        and attention_kind(module.config) in _KINDS
+        and not getattr(module.config, "reorder_and_upcast_attn", False)
+    ]
+
+
+def attentions_in_part(block: nn.Module) -> str:
+    """ "1 of 2 attentions" for a block where scores can be recomputed in some attentions only, else ""."""
+    known = attentions(block)
+    others, inside = 0, ""
+    for name, module in block.named_modules():
+        if "Attention" not in type(module).__name__ or module is block or (inside and name.startswith(inside)):
+            continue
+        if not any(inner in known for inner in module.modules()):
+            others, inside = others + 1, f"{name}."
+    return f"{len(known)} of {len(known) + others} attentions" if known and others else ""
 
 
 def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
@@ -266,22 +272,20 @@ def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
 
 
 def install_levels(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
-    """Set up the levels of the named blocks and the loss head; returns the modules changed."""
+    """Set up the levels of the named blocks, others being stock, and the loss head; returns the modules changed."""
     touched: list[nn.Module] = []
     for name, block in blocks(model).items():
-        if levels.get(name) == Level.CHECKPOINT_BLOCK:
+        level = levels.get(name, Level.STOCK)
+        if level == Level.CHECKPOINT_BLOCK:
             require_stock_forward(name, block)
             patch_forward(block, _block, None)
             touched.append(block)
-            continue
-        for attention in attentions(block):
-            kind = attention_kind(attention.config)
-            if kind not in _KINDS or getattr(attention.config, "reorder_and_upcast_attn", False):
-                continue
-            require_stock_forward(f"{name}'s attention", attention)
-            _watch_lookups()
-            patch_forward(attention, _attention, None)
-            touched.append(attention)
+        elif level == Level.CHECKPOINT_ATTENTION:
+            for attention in attentions(block):
+                require_stock_forward(f"{name}'s attention", attention)
+                _watch_lookups()
+                patch_forward(attention, _attention, None)
+                touched.append(attention)
     # A class that names no loss of its own, such as GPT2LMHeadModel, has this one too.
     loss = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
     if loss is ForCausalLMLoss and _has_projection(model) and own_loss(model) is None and _loss_is_known():
@@ -305,62 +309,90 @@ def uninstall(modules: list[nn.Module]) -> None:
 
 
 @dataclass
-class _Measured:
-    """One level's step on fake tensors: bytes and FLOPs per block in forward order, and those outside the blocks."""
+class _Block:
+    """One block in a step on fake tensors: bytes, and the FLOPs of its forward."""
 
-    saved: list[int]
-    work: list[int]
-    gradients: list[int]
-    forward: list[int]
+    name: str
+    saved: int
+    work: int
+    gradients: int
+    forward: int
+    part: str  # of its attentions, those that can be recomputed
+
+
+@dataclass
+class _Measured:
+    """One level's step on fake tensors: the blocks that run in it, in forward order, and bytes and FLOPs outside."""
+
+    blocks: list[_Block]
+    idle: list[str]  # blocks that do not run in this step, or whose output no gradient reaches
     flops: int
     head_saved: int
     head_peak: int
     head_gradient: int
     head_forward: int
     resting: int  # the weights
+    trained: int  # those of them that are not frozen
     outer: int  # gradients of the weights outside the blocks
 
 
+class _Moments:
+    """When a step enters and leaves its blocks, and when the gradient of a block's output arrives."""
+
+    def __init__(self, units: list[nn.Module]) -> None:
+        self.tracker = Tracker()
+        self.runs: dict[int, list[tuple[int, int]]] = {}  # block -> (enter, leave) of each time that it runs
+        self.forward: dict[int, int] = {}  # block -> FLOPs of its forward
+        self.last_left: tuple[int, int] = (0, 0)  # moment and FLOPs
+        self.back: dict[int, int] = {}
+        for index, unit in enumerate(units):
+            self._watch(index, unit)
+
+    def now(self) -> int:
+        """The number of allocations and releases so far."""
+        return len(self.tracker.log.events)
+
+    def _watch(self, index: int, unit: nn.Module) -> None:
+        open_: list[tuple[int, int]] = []
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            open_.append((self.now(), self.tracker.flops))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if not open_:
+                return
+            begin, flops = open_.pop()
+            self.runs.setdefault(index, []).append((begin, self.now()))
+            self.forward[index] = self.forward.get(index, 0) + self.tracker.flops - flops
+            self.last_left = (self.now(), self.tracker.flops)
+            out = next((t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad), None)
+            if out is not None:
+                out.register_hook(lambda g: self.back.setdefault(index, self.now()) and None)
+
+        unit.register_forward_pre_hook(enter, with_kwargs=True)
+        unit.register_forward_hook(leave)
+
+
 def _measure(
-    config: Any, shape: tuple[int, int, int | None], precision: Precision, level: str, attention: str
+    model: Any, shape: tuple[int, int, int | None], precision: Precision, level: str, attention: str
 ) -> _Measured:
-    """Run one step with every block at `level`, or "stock", and read off its blocks."""
-    with faked(config, attention) as model:
-        units = list(blocks(model).values())
-        if level != "stock":
-            install_levels(model, dict.fromkeys(blocks(model), level))
+    """Run one step with every block at `level` and read off its blocks."""
+    with faked(model, attention) as model:
+        found = blocks(model)
+        units = list(found.values())
+        if level != Level.STOCK:
+            install_levels(model, dict.fromkeys(found, level))
         inputs = example_batch(model, *shape)
-        tracker = Tracker()
-        totals: dict[tuple[str, int], int] = {}
-        flops: dict[tuple[str, int], int] = {}
-
-        def note(moment: str, index: int) -> None:
-            totals.setdefault((moment, index), len(tracker.log.events))
-            flops.setdefault((moment, index), tracker.flops)
-
-        def watch(index: int) -> None:
-            def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-                note("enter", index)
-
-            def leave(module: nn.Module, args: Any, output: Any) -> None:
-                note("leave", index)
-                out = output if isinstance(output, Tensor) else output[0]
-                out.register_hook(lambda g: note("back", index))
-
-            units[index].register_forward_pre_hook(enter, with_kwargs=True)
-            units[index].register_forward_hook(leave)
-
+        moments = _Moments(units)
+        tracker = moments.tracker
         with tracker:
             for parameter in model.parameters():
                 tracker.adopt(parameter)
             weights = sum(tracker.log.sizes.values())
-            for index in range(len(units)):
-                watch(index)
             loss = step_loss(model, inputs, precision)
-            note("loss", 0)
+            begin, forward = moments.now(), tracker.flops
             torch.autograd.backward(loss)
             del loss
-            note("end", 0)
             tracker.stop()
         gradients = [
             sum(p.numel() * p.element_size() for p in unit.parameters() if p.grad is not None) for unit in units
@@ -369,61 +401,82 @@ def _measure(
     timeline = [0]
     for _, size in tracker.log.events:
         timeline.append(timeline[-1] + size)
-    at = {moment: timeline[index] for moment, index in totals.items()}
-    last = len(units) - 1
-    work = []
-    for index in range(len(units)):
-        begin = totals["back", index]
-        end = totals["back", index - 1] if index else totals["end", 0]
-        work.append(max(0, max(timeline[begin : end + 1]) - timeline[begin]))
-    head_span = timeline[totals["loss", 0] : totals["back", last] + 1]
-    begin, end = totals["loss", 0], totals["back", last]
+    order = sorted(moments.back.keys() & moments.runs.keys(), key=lambda index: moments.runs[index][0])
+    if not order:
+        raise BwskError(f"{type(model).__name__}: no gradient reaches its blocks in a step of text; not supported")
+    names, measured = list(found), []
+    for place, index in enumerate(order):
+        reached = moments.back[index]
+        end = max(reached, moments.back[order[place - 1]] if place else len(timeline) - 1)
+        measured.append(
+            _Block(
+                names[index],
+                saved=sum(timeline[leave] - timeline[enter] for enter, leave in moments.runs[index]),
+                work=max(0, max(timeline[reached : end + 1]) - timeline[reached]),
+                gradients=gradients[index],
+                forward=moments.forward[index],
+                part=attentions_in_part(units[index]),
+            )
+        )
+    left, flops = moments.last_left
+    end = moments.back[order[-1]]
     return _Measured(
-        saved=[at["leave", i] - at["enter", i] for i in range(len(units))],
-        work=work,
-        gradients=gradients,
-        forward=[flops["leave", i] - flops["enter", i] for i in range(len(units))],
+        measured,
+        idle=[name for index, name in enumerate(names) if index not in order],
         flops=tracker.flops,
-        head_saved=at["loss", 0] - at["leave", last],
-        head_peak=max(head_span) - timeline[begin],
-        head_gradient=max(0, timeline[end] - at["leave", last]),
-        head_forward=flops["loss", 0] - flops["leave", last],
+        head_saved=timeline[begin] - timeline[left],
+        head_peak=max(timeline[begin : end + 1]) - timeline[begin],
+        head_gradient=max(0, timeline[end] - timeline[left]),
+        head_forward=forward - flops,
         resting=weights,
-        outer=whole - sum(gradients),
+        trained=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        outer=whole - sum(block.gradients for block in measured),
     )
 
 
 def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: Precision = "fp32") -> Plan:
     """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
     if isinstance(model, nn.Module):
-        blocks(model)  # so that hooks are refused, which a model built from the config would not have
-    config = _named(model) if isinstance(model, nn.Module) else model
+        blocks(model)  # so that hooks are refused, which the copy on fake tensors does not have
+    config = getattr(model, "config", model)
     attention = attention_kind(config, None) or "eager"
     attention = attention if attention in _KINDS else "eager"
     batch, ins, outs = shape
     seq2seq = bool(getattr(config, "is_encoder_decoder", False))
     lengths = (batch, ins, outs if seq2seq else None)
-    asked = parse_budget(budget, lambda: stock_peak(config, lengths, precision, attention))
-    stock = _measure(config, lengths, precision, "stock", attention)
-    found = {level: _measure(config, lengths, precision, level, attention) for level in _LEVELS}
-    names = list(blocks(build(config)))
-    units = []
-    for index, name in enumerate(names):
-        choices = tuple(
-            Choice(one.saved[index], max(0, (one.flops - stock.flops) // len(names)), one.work[index], ((name, level),))
-            for level, one in found.items()
-        )
-        units.append(Unit(name, choices, stock.gradients[index], stock.forward[index]))
+    asked = parse_budget(budget, lambda: stock_peak(model, lengths, precision, attention))
+    found = {level: _measure(model, lengths, precision, level, attention) for level in _LEVELS}
     core = found[Level.CHECKPOINT_ATTENTION]
     head = Head("exact", core.head_saved, core.head_peak, core.head_gradient, core.head_forward)
-    base = 3 * core.resting + max(0, core.outer - core.head_gradient) // 2
+    base = core.resting + 2 * core.trained + max(0, core.outer - core.head_gradient) // 2
+    units = _units(found)
     found_plan = Plan(asked, units, [0] * len(units), head, base, "bit-identical (stock graph, regions recomputed)")
-    return require_within_budget(solve(found_plan, asked.cap, asked.flops), 4 * core.resting)
+    return require_within_budget(solve(found_plan, asked.cap, asked.flops), core.resting + 3 * core.trained)
 
 
-def _named(model: Any) -> Any:
-    """The model's config, naming the model's own class."""
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    set_attention_kind(config, attention_kind(model.config))
-    return config
+def _units(found: dict[Level, _Measured]) -> list[Unit]:
+    """The blocks with their choices, of which each saves less than the one before it.
+
+    Recomputed FLOPs are those of the whole step, divided among the blocks that save less, as their forwards are.
+    """
+    stock = found[Level.STOCK]
+    if len({tuple(block.name for block in measured.blocks) for measured in found.values()}) > 1:
+        raise BwskError("which blocks run differs from step to step (layers dropped at random); not supported")
+    choices = [[Choice(block.saved, 0, block.work, ((block.name, Level.STOCK),))] for block in stock.blocks]
+    for level in (Level.CHECKPOINT_ATTENTION, Level.CHECKPOINT_BLOCK):
+        pairs = list(zip(found[level].blocks, stock.blocks, choices, strict=True))
+        recomputed = sum(block.forward for one, block, _ in pairs if one.saved < block.saved)
+        extra = max(0, found[level].flops - stock.flops)
+        for one, block, own in pairs:
+            if one.saved < own[-1].saved:
+                flops = extra * block.forward // max(recomputed, 1)
+                part = block.part if level == Level.CHECKPOINT_ATTENTION else ""
+                own.append(Choice(one.saved, flops, one.work, ((block.name, level),), part))
+    for own in choices:  # attention costs next to nothing to recompute, so where it saves, it always is
+        if any(choice.levels[0][1] == Level.CHECKPOINT_ATTENTION for choice in own):
+            del own[0]
+    idle = [Unit(name, (Choice(0, 0, 0, ((name, Level.STOCK),)),), 0, 0) for name in stock.idle]
+    return idle + [
+        Unit(block.name, tuple(own), block.gradients, block.forward)
+        for block, own in zip(stock.blocks, choices, strict=True)
+    ]

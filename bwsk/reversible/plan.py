@@ -28,6 +28,7 @@ from bwsk.units import MIB
 class Level(StrEnum):
     """How one module runs in a training step, from most saved to least."""
 
+    STOCK = "stock"  # the block runs its stock forward
     SAVE_CONTEXT = "save_context"  # T5: q, k, v and the context P·v; of a feed-forward, its hidden activations
     SAVE_QKV = "save_qkv"  # T5: q, k, v alone
     SAVE_INPUT = "save_input"  # T5: the sublayer's input and the dropout masks
@@ -43,6 +44,7 @@ class Choice:
     flops: int
     work: int
     levels: tuple[tuple[str, str], ...]  # (module, level)
+    part: str = ""  # of what the level holds, if not of all: "1 of 2 attentions"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ class PlanRow:
     module: str
     operation: str
     verdict: str
-    action: str  # "saved", "recomputed", "residue" or "passes through"
+    action: str  # "saved", "saved (stock)", "recomputed", "residue" or "passes through"
     saved: int
     flops: int
 

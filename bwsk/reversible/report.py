@@ -24,14 +24,18 @@ def _checkpointed_rows(plan: Plan) -> list[PlanRow]:
     found = []
     for choice in plan.choices:
         ((name, level),) = choice.levels
+        if level == Level.STOCK:
+            found.append(PlanRow(name, "everything", "S and K", "saved (stock)", choice.saved, 0))
+            continue
         if level == Level.CHECKPOINT_BLOCK:
             found.append(PlanRow(name, "whole block", "S and K", "recomputed", choice.saved, choice.flops))
             continue
+        action = f"recomputed in {choice.part}" if choice.part else "recomputed"
         found += [
-            PlanRow(name, "q kᵀ + mask", verdict("product"), "recomputed", 0, choice.flops // 2),
-            PlanRow(name, "softmax", verdict("softmax"), "recomputed", 0, 0),
-            PlanRow(name, "dropout", verdict("dropout", training=True, p=0.1), "recomputed", 0, 0),
-            PlanRow(name, "P v", verdict("product"), "recomputed", 0, choice.flops - choice.flops // 2),
+            PlanRow(name, "q kᵀ + mask", verdict("product"), action, 0, choice.flops // 2),
+            PlanRow(name, "softmax", verdict("softmax"), action, 0, 0),
+            PlanRow(name, "dropout", verdict("dropout", training=True, p=0.1), action, 0, 0),
+            PlanRow(name, "P v", verdict("product"), action, 0, choice.flops - choice.flops // 2),
             PlanRow(name, "everything else", "S and K", "saved", choice.saved, 0),
         ]
     return found
