@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
@@ -14,6 +15,7 @@ from bwsk.errors import BwskError
 from bwsk.memory.fake_step import require_shape
 from bwsk.reversible import checkpointed
 from bwsk.reversible.budget import NAMED
+from bwsk.reversible.patching import is_patched, patched_modules, state_of
 from bwsk.reversible.plan import Plan, solve
 from bwsk.reversible.t5 import engine as t5
 from bwsk.units import Precision, to_precision
@@ -46,6 +48,10 @@ class Reversible:
     plan: Plan
     _touched: list[nn.Module] = field(default_factory=list)
     _uninstall: Callable[[list[nn.Module]], None] | None = None
+    _states: list[Any] = field(init=False)  # of the modules changed, by which they are known later
+
+    def __post_init__(self) -> None:
+        self._states = [state_of(module) for module in self._touched]
 
     def __repr__(self) -> str:
         return f"<Reversible {type(self.model).__name__}, {self.plan!r}>"
@@ -63,11 +69,32 @@ class Reversible:
         return rows(self.plan)
 
     def undo(self) -> nn.Module:
-        """Restore the stock forward of every module; returns the model. Calling it again does nothing."""
+        """Restore the stock forward of every module; returns the model. Calling it again does nothing.
+
+        What another `make_reversible` has set up since then stays.
+        """
+        mine = [
+            module
+            for module, state in zip_longest(self._touched, self._states, fillvalue=None)
+            if module is not None and is_patched(module) and (state is None or state_of(module) is state)
+        ]
         if self._uninstall is not None:
-            self._uninstall(self._touched)
+            self._uninstall(mine)
         self._touched.clear()
+        self._states.clear()
         return self.model
+
+
+def undo(model: nn.Module) -> nn.Module:
+    """Restore the stock forward of every module of `model`; returns the model. For a stock model it does nothing.
+
+    For a model whose handle is not at hand, such as a deep copy or an unpickled model: a copy is as reversible as its
+    original, and neither changes with the other. Raises `BwskError` if `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise BwskError(f"undo: found {type(model).__name__}, not a model; pass the model that make_reversible got")
+    checkpointed.uninstall(list(patched_modules(model)))
+    return model
 
 
 def make_reversible(
@@ -115,8 +142,8 @@ def _check_model(model: nn.Module) -> None:
         inner = inside_compiled(model) or getattr(model, "module", None)
         hint = "call it on the model inside, before wrapping it" if inner is not None else "pass a transformers model"
         raise BwskError(f"make_reversible: found {type(model).__name__}, not a transformers model; {hint}")
-    if any(hasattr(module, "_bwsk") for module in model.modules()):
-        raise BwskError("make_reversible: this model already is; call undo() on the handle first")
+    if any(is_patched(module) for module in model.modules()):
+        raise BwskError("make_reversible: this model already is; call bwsk.undo(model) first")
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise BwskError(
             "make_reversible: gradient checkpointing is on; call model.gradient_checkpointing_disable() first"

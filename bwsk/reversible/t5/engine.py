@@ -16,7 +16,7 @@ from bwsk.architecture import model_class
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import stock_peak
 from bwsk.reversible.budget import parse_budget
-from bwsk.reversible.patching import patch_forward, require_stock_forward, unpatch
+from bwsk.reversible.patching import Owner, patch_forward, require_stock_forward, unpatch, whole_model
 from bwsk.reversible.plan import Level, Plan, require_within_budget, solve
 from bwsk.reversible.stock import altered, altered_functional, library_class
 from bwsk.reversible.t5 import costs
@@ -177,7 +177,12 @@ def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: Precis
 
 def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
     """Set the forwards of a plan; returns the modules changed."""
-    return install_levels(model, plan.levels, plan.head.kind)
+    require_stock_forward("", model)
+    touched = install_levels(model, plan.levels, plan.head.kind)
+    if model in touched:
+        return touched
+    patch_forward(model, whole_model, None)
+    return [*touched, model]
 
 
 def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[nn.Module]:
@@ -203,6 +208,7 @@ def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[
                 parts += own
                 if hasattr(layer, "DenseReluDense"):
                     policy, method = _feed_forward_policy(name, layer, level), feed_forward
+                    policy.facts["owner"] = Owner(item)
                 else:
                     policy = _attention_policy(name, layer, level, tied if stack.is_decoder else None)
                     method = cross_attention if policy.facts["crossed"] else self_attention

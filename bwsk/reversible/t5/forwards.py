@@ -8,7 +8,6 @@ has hooks or has been replaced since `make_reversible` (`policy.engaged`).
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
@@ -34,23 +33,6 @@ from bwsk.reversible.t5.rms_norm import rms_apply, rms_backward, rms_statistic
 from bwsk.reversible.t5.tied_embedding import LookupNode, ProjectionNode, TiedTable
 
 CACHE = cache_argument()
-
-
-@torch.compiler.disable
-def _eagerly(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return method(*args, **kwargs)
-
-
-def outside_compile(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run `method` eagerly inside torch.compile, which would reorder the operators that bit-identity depends on."""
-
-    @functools.wraps(method)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return _eagerly(method, self, *args, **kwargs)
-        return method(self, *args, **kwargs)
-
-    return run
 
 
 # ---------------------------------------------------------------------------------------------------- sublayers
@@ -123,7 +105,6 @@ def _stock_cache(layer: nn.Module) -> DynamicCache | None:
     return DynamicCache()
 
 
-@outside_compile
 def self_attention(
     self: nn.Module,
     hidden_states: Tensor,  # (B, L, d)
@@ -148,7 +129,6 @@ def self_attention(
     return y, bias, None
 
 
-@outside_compile
 def cross_attention(
     self: nn.Module,
     hidden_states: Tensor,  # (B, L, d)
@@ -192,7 +172,6 @@ def _feed_call(layer: nn.Module, x: Tensor, level: str) -> FeedForwardCall:
     )
 
 
-@outside_compile
 def feed_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """T5LayerFF.forward while training."""
     if not engaged(self, hidden_states, None):
@@ -203,7 +182,6 @@ def feed_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     return FeedForwardNode.apply(call, x, x, x, w.norm, w.first, w.second, w.o)
 
 
-@outside_compile
 def block(
     self: Any,
     hidden_states: Tensor,  # (B, L, d)
@@ -271,7 +249,6 @@ class _NormNode(torch.autograd.Function):
         return g_product, g_square, g_weight, None
 
 
-@outside_compile
 def norm(self: Any, hidden_states: Tensor) -> Tensor:
     """T5LayerNorm.forward while training (the final norm of a stack)."""
     if not engaged(self, hidden_states, None):
@@ -279,7 +256,6 @@ def norm(self: Any, hidden_states: Tensor) -> Tensor:
     return _NormNode.apply(hidden_states, hidden_states, self.weight, self.variance_epsilon)
 
 
-@outside_compile
 def drop(self: nn.Dropout, input: Tensor) -> Tensor:
     """nn.Dropout.forward while training (the dropouts at both ends of a stack)."""
     if not engaged(self, input, None) or self.inplace:
@@ -297,7 +273,6 @@ def _tied_of(module: nn.Module) -> TiedTable:
     return tied
 
 
-@outside_compile
 def lookup(self: nn.Embedding, input: Tensor) -> Tensor:
     """nn.Embedding.forward inside a training forward of the whole model."""
     tied = _tied_of(self)
@@ -309,7 +284,6 @@ def lookup(self: nn.Embedding, input: Tensor) -> Tensor:
     return vectors
 
 
-@outside_compile
 def projection(self: nn.Linear, input: Tensor) -> Tensor:
     """The output projection (nn.Linear without bias) inside a training forward of the whole model."""
     tied = _tied_of(self)
@@ -322,7 +296,6 @@ def projection(self: nn.Linear, input: Tensor) -> Tensor:
     return ProjectionNode.apply(input, tied.current(self.weight))
 
 
-@outside_compile
 def conditional(self: Any, *args: Any, **kwargs: Any) -> Any:
     """T5ForConditionalGeneration.forward while training."""
     stock = stock_forward(self)

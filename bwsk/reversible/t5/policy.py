@@ -72,6 +72,9 @@ def engaged(module: nn.Module, x: Tensor, states: Tensor | None, *masks: Tensor 
     if not x.is_contiguous() or (states is not None and not states.is_contiguous()):
         return False
     policy = policy_of(module)
+    owner = policy.facts.get("owner")
+    if owner is not None and owner.checkpointing:
+        return False
     attention = policy.facts.get("attention")
     if attention is not None and (
         attention.gradient_checkpointing or getattr(attention.config, "output_attentions", False)
