@@ -29,8 +29,8 @@ _OF_STOCK = (
 class PatchedForward:
     """The forward of one module while it is reversible. An object, so that models can be copied and pickled.
 
-    What is traced is the stock forward: by `torch.export` always, by `torch.compile` in eval mode. While the module
-    trains, torch.compile runs the patch eagerly, since it would reorder the operators that bit-identity depends on.
+    What torch.export and torch.compile trace is the stock forward. While the module trains, torch.compile runs the
+    patch eagerly, since it would reorder the operators that bit-identity depends on.
     """
 
     def __init__(self, method: Callable[..., Any], module: nn.Module) -> None:
@@ -41,12 +41,12 @@ class PatchedForward:
         module = self.module
         if args and args[0] is module:  # accelerate's unwrap_model binds the forward to its module once more
             args = args[1:]
-        if not is_patched(module) or torch.compiler.is_exporting():
+        if not is_patched(module) or (torch.compiler.is_compiling() and not module.training):
             return type(module).forward(module, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            if not module.training:
-                return type(module).forward(module, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():  # asked first: within it, torch 2.11 is always exporting
             return _eagerly(self.method, module, *args, **kwargs)
+        if torch.compiler.is_exporting():
+            return type(module).forward(module, *args, **kwargs)
         return self.method(module, *args, **kwargs)
 
     @property
