@@ -17,7 +17,6 @@ from torch import nn
 from bwsk._compat import REPLICATE, collects_outputs
 from bwsk.errors import BwskError
 
-
 # What frameworks read of a forward: its name in messages, its annotations, and `torch.export` its code. Not `__func__`,
 # which accelerate would call in place of the patch.
 _OF_STOCK = (
@@ -61,7 +60,7 @@ class PatchedForward:
 
 @torch.compiler.disable(
     reason="make_reversible: training steps run eagerly, to be bit-identical; "
-    "leave out fullgraph=True, or call undo() on the handle before torch.compile"
+    "leave out fullgraph=True, or call bwsk.undo(model) before torch.compile"
 )
 def _eagerly(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return method(*args, **kwargs)
@@ -127,7 +126,7 @@ def require_stock_forward(name: str, module: nn.Module) -> None:
 
 def set_state(module: nn.Module, state: Any) -> None:
     """Attach `state` to a module that `make_reversible` changes, for `state_of`; for None an object without meaning."""
-    module._bwsk = object() if state is None else state
+    vars(module)["_bwsk"] = object() if state is None else state
 
 
 def state_of(module: nn.Module) -> Any:

@@ -63,6 +63,22 @@ def _require_stacks(model: nn.Module) -> None:
             )
 
 
+def _require_own_weights(model: nn.Module) -> None:
+    """Raise `BwskError` if two sublayers of the stacks share a weight or a module.
+
+    Under autocast stock would add the gradients of both in half precision (`autocast_region`).
+    """
+    stacks = _stacks(model)
+    inside = tuple(f"{name}.block.".lstrip(".") for name, module in model.named_modules() if module in stacks)
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and (name.startswith(inside) or other.startswith(inside)):
+            raise BwskError(
+                f"make_reversible: {other} and {name} are one weight; not supported, give each a weight of its own"
+            )
+
+
 def _require_stock(model: nn.Module) -> None:
     """Raise `BwskError` if a class of the model, or a function that it calls, is not transformers' or PyTorch's own."""
     kinds = {type(module): None for stack in _stacks(model) for module in stack.modules()}
@@ -191,6 +207,7 @@ def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[
     Returns the modules changed. Raises `BwskError`, before changing anything, if a module is not a stock one.
     """
     todo: list[tuple[nn.Module, Any, Policy]] = []
+    method: Any
     names = {id(m): n for n, m in model.named_modules()}
     tied = TiedTable()
     for stack in _stacks(model):
@@ -224,6 +241,7 @@ def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[
     for module, _, _ in todo:
         require_stock_forward(names[id(module)], module)
     _require_stock(model)
+    _require_own_weights(model)
     for module, method, policy in todo:
         patch_forward(module, method, policy)
     return [module for module, _, _ in todo]

@@ -24,6 +24,7 @@ from bwsk.reversible.guard import refuse_double_backward
 from bwsk.reversible.patching import stock_forward
 from bwsk.reversible.plan import Level
 from bwsk.reversible.t5.attention import AttentionCall, Core, attention_weights
+from bwsk.reversible.t5.autocast_region import watch_uses
 from bwsk.reversible.t5.feed_forward import FeedForwardCall, feedforward_weights
 from bwsk.reversible.t5.float16 import OutOfFloat16
 from bwsk.reversible.t5.linear import autocast_dtype
@@ -115,17 +116,20 @@ def self_attention(
     """T5LayerSelfAttention.forward while training."""
     kwargs = with_cache_argument(kwargs)
     if not engaged(self, hidden_states, None, attention_mask, **kwargs):
-        return stock_forward(self)(
+        outputs = stock_forward(self)(
             hidden_states,
             attention_mask=attention_mask,
             position_bias=position_bias,
             **{**kwargs, CACHE: _stock_cache(self) if kwargs.get(CACHE) is None else kwargs[CACHE]},
         )
+        watch_uses((self,), outputs[0], engine=False)
+        return outputs
     bias = _own_bias(self, hidden_states, position_bias)
     w = attention_weights(self)
     call = _attention_call(self, hidden_states, policy_of(self).level)
     x = hidden_states
     y = AttentionNode.apply(call, x, x, x, None, None, bias, attention_mask, w.norm, w.q, w.k, w.v, w.o)
+    watch_uses((self,), y, engine=True)
     return y, bias, None
 
 
@@ -140,19 +144,22 @@ def cross_attention(
     """T5LayerCrossAttention.forward while training. Eager attention leaves out stock's bias of zeros."""
     kwargs = with_cache_argument(kwargs)
     if not engaged(self, hidden_states, key_value_states, attention_mask, **kwargs):
-        return stock_forward(self)(
+        outputs = stock_forward(self)(
             hidden_states,
             key_value_states,
             attention_mask=attention_mask,
             position_bias=position_bias,
             **{**kwargs, CACHE: _stock_cache(self) if kwargs.get(CACHE) is None else kwargs[CACHE]},
         )
+        watch_uses((self,), outputs[0], engine=False)
+        return outputs
     w = attention_weights(self)
     call = _attention_call(self, hidden_states, policy_of(self).level)
     x, states = hidden_states, key_value_states
     if position_bias is None:
         position_bias = _zero_bias(self, x, states)
     y = AttentionNode.apply(call, x, x, x, states, states, position_bias, attention_mask, w.norm, w.q, w.k, w.v, w.o)
+    watch_uses((self,), y, engine=True)
     return y, position_bias, None
 
 
@@ -175,11 +182,15 @@ def _feed_call(layer: nn.Module, x: Tensor, level: str) -> FeedForwardCall:
 def feed_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """T5LayerFF.forward while training."""
     if not engaged(self, hidden_states, None):
-        return stock_forward(self)(hidden_states)
+        y = stock_forward(self)(hidden_states)
+        watch_uses((self,), y, engine=False)
+        return y
     w = feedforward_weights(self)
     call = _feed_call(self, hidden_states, policy_of(self).level)
     x = hidden_states
-    return FeedForwardNode.apply(call, x, x, x, w.norm, w.first, w.second, w.o)
+    y = FeedForwardNode.apply(call, x, x, x, w.norm, w.first, w.second, w.o)
+    watch_uses((self,), y, engine=True)
+    return y
 
 
 def block(
@@ -229,6 +240,7 @@ def block(
     if states is not None and cross_bias is None:
         cross_bias = _zero_bias(middle[0], x, states)
     y = BlockNode.apply(calls, x, x, x, states, states, bias, attention_mask, cross_bias, cross_mask, *weights)
+    watch_uses((own, *middle, feed), y, engine=True)
     return y, bias, cross_bias
 
 
