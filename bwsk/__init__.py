@@ -5,6 +5,7 @@ The public names are imported on first use, so that `import bwsk` costs nothing:
 - `classify(model)`: census of the leaf modules by S-type, K-type and GRAY.
 - `trace(model, ...)`: the same for every operation that a training step really runs.
 - `make_reversible(model, budget=...)`: training steps that save less, with bit-identical gradients.
+- `undo(model)`: the stock model again; of a copy too, which has no handle.
 - `plan(model, budget=...)`: what `make_reversible` would save and recompute, without a model in memory.
 - `predict_memory(model, ...)`: peak memory of a training step, without a GPU; `largest_batch`: what fits.
 - `BwskError`: raised by all of the above for invalid or unsupported input.
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from bwsk.classification.trace import Trace, trace
     from bwsk.errors import BwskError
     from bwsk.memory.prediction import Prediction, largest_batch, predict_memory
-    from bwsk.reversible.handle import Reversible, make_reversible, plan
+    from bwsk.reversible.handle import Reversible, make_reversible, plan, undo
     from bwsk.reversible.plan import Plan
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "plan",
     "predict_memory",
     "trace",
+    "undo",
 ]
 
 _HOMES = {
@@ -48,7 +50,7 @@ _HOMES = {
     "bwsk.classification.trace": ("Trace", "trace"),
     "bwsk.errors": ("BwskError",),
     "bwsk.memory.prediction": ("Prediction", "largest_batch", "predict_memory"),
-    "bwsk.reversible.handle": ("Reversible", "make_reversible", "plan"),
+    "bwsk.reversible.handle": ("Reversible", "make_reversible", "plan", "undo"),
     "bwsk.reversible.plan": ("Plan",),
 }
 

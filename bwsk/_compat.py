@@ -208,6 +208,7 @@ tensor_version = _attribute("torch.Tensor._version", "make_reversible, to see we
 is_view = _attribute("torch.ops.aten.mm.default.is_view", "trace")
 _cdata = _attribute("torch.UntypedStorage._cdata", "trace and predict_memory")
 _schema = _attribute("torch.ops.aten.mm.default._schema", "classify and trace")
+_graph_task = _attribute("torch._C._current_graph_task_id", "make_reversible, to see uses that share a cast")
 _use_count = _attribute("torch._C._storage_Use_Count", "the loss head, to know when it may write over the logits")
 _global_hooks = [
     _attribute(f"torch.nn.modules.module._global_{kind}_hooks", "make_reversible, to see hooks for all modules")
@@ -226,6 +227,13 @@ def storage_holders(tensor: Tensor) -> int:
 
     count = _use_count(torch._C, None)
     return -1 if count is None else count(storage_key(tensor))
+
+
+def current_backward() -> int:
+    """The number of the backward pass that this thread is in; -1 outside of one."""
+    import torch
+
+    return _graph_task(torch._C)()
 
 
 def operator_name(func: Any) -> str:

@@ -49,12 +49,15 @@ from bwsk.reversible.budget import parse_budget
 from bwsk.reversible.cross_entropy import cross_entropy
 from bwsk.reversible.entry import OwnStates, at_entry
 from bwsk.reversible.patching import (
+    Owner,
     hooked,
     patch_forward,
     require_stock_forward,
     set_state,
+    state_of,
     stock_forward,
     unpatch,
+    whole_model,
 )
 from bwsk.reversible.plan import Choice, Head, Level, Plan, Unit, require_within_budget, solve
 from bwsk.reversible.status import fell_back
@@ -81,6 +84,9 @@ def _attention(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("output_attentions"):
         fell_back(self, "attentions are asked for")
         return stock(*args, **kwargs)
+    if state_of(self).checkpointing:
+        fell_back(self, "gradient checkpointing is on")
+        return stock(*args, **kwargs)
     token = _recomputing.set(self)
     try:
         return stock(*args, **kwargs)
@@ -96,6 +102,8 @@ class _Lookup:
 
     def __call__(self, kind: str, default: Callable[..., Any]) -> Callable[..., Any]:
         found = self.stock(kind, default)
+        if torch.compiler.is_compiling():  # then it is not a training step, and a ContextVar cannot be traced
+            return found
         module = _recomputing.get()
         if module is None:
             return found
@@ -140,6 +148,9 @@ def _block(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """
     stock = stock_forward(self)
     if not self.training or not torch.is_grad_enabled():
+        return stock(*args, **kwargs)
+    if getattr(self, "gradient_checkpointing", False):
+        fell_back(self, "gradient checkpointing is on")
         return stock(*args, **kwargs)
     if globally_hooked():
         fell_back(self, "there are hooks for all modules")
@@ -202,6 +213,18 @@ def _causal_loss(
     if num_items_in_batch is None:
         return loss
     return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+
+
+class CausalLoss:
+    """The loss function of one model: `_causal_loss` while it trains. An object, as `PatchedForward` is one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.model.training or torch.compiler.is_compiling():
+            return ForCausalLMLoss(*args, **kwargs)
+        return _causal_loss(*args, **kwargs)
 
 
 def _loss_is_known() -> bool:
@@ -268,7 +291,10 @@ def attentions_in_part(block: nn.Module) -> str:
 
 def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
     """Set up the levels of a plan and the loss head; returns the modules changed."""
-    return install_levels(model, plan.levels)
+    require_stock_forward("", model)
+    touched = install_levels(model, plan.levels)
+    patch_forward(model, whole_model, None)
+    return [*(module for module in touched if module is not model), model]
 
 
 def install_levels(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
@@ -284,12 +310,12 @@ def install_levels(model: nn.Module, levels: dict[str, str]) -> list[nn.Module]:
             for attention in attentions(block):
                 require_stock_forward(f"{name}'s attention", attention)
                 _watch_lookups()
-                patch_forward(attention, _attention, None)
+                patch_forward(attention, _attention, Owner(block))
                 touched.append(attention)
     # A class that names no loss of its own, such as GPT2LMHeadModel, has this one too.
     loss = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
     if loss is ForCausalLMLoss and _has_projection(model) and own_loss(model) is None and _loss_is_known():
-        set_loss(model, _causal_loss)
+        set_loss(model, CausalLoss(model))
         set_state(model, None)
         touched.append(model)
     return touched
@@ -304,7 +330,7 @@ def uninstall(modules: list[nn.Module]) -> None:
     """Remove what `install` set up."""
     for module in modules:
         unpatch(module)
-        if own_loss(module) is _causal_loss:
+        if isinstance(own_loss(module), CausalLoss):
             set_loss(module, None)
 
 

@@ -14,6 +14,7 @@ from bwsk.errors import BwskError
 from bwsk.memory.fake_step import require_shape
 from bwsk.reversible import checkpointed
 from bwsk.reversible.budget import NAMED
+from bwsk.reversible.patching import is_patched, patched_modules, state_of
 from bwsk.reversible.plan import Plan, solve
 from bwsk.reversible.self_check import SelfCheck, can_be_checked
 from bwsk.reversible.status import Fallbacks, Status, status_of, watch
@@ -50,6 +51,7 @@ class Reversible:
     fallbacks: Fallbacks = field(default_factory=Fallbacks)
     _touched: list[nn.Module] = field(default_factory=list)
     _uninstall: Callable[[list[nn.Module]], None] | None = None
+    _states: list[Any] = field(default_factory=list)  # of the modules changed, by which they are known later
 
     def __repr__(self) -> str:
         return f"<Reversible {type(self.model).__name__}, {self.plan!r}>"
@@ -62,6 +64,7 @@ class Reversible:
 
     def _set_up(self, engine: Engine) -> None:
         self._touched, self._uninstall = engine.install(self.model, self.plan), engine.uninstall
+        self._states = [state_of(module) for module in self._touched]
         names = {id(module): name for name, module in self.model.named_modules()}
         for module in self._touched:
             watch(module, names[id(module)], self.fallbacks)
@@ -77,11 +80,29 @@ class Reversible:
         return status_of(self.plan, self.fallbacks)
 
     def undo(self) -> nn.Module:
-        """Restore the stock forward of every module; returns the model. Calling it again does nothing."""
+        """Restore the stock forward of every module; returns the model. Calling it again does nothing.
+
+        What another `make_reversible` has set up since then stays.
+        """
+        pairs = zip(self._touched, self._states, strict=True)
+        mine = [module for module, state in pairs if is_patched(module) and state_of(module) is state]
         if self._uninstall is not None:
-            self._uninstall(self._touched)
+            self._uninstall(mine)
         self._touched.clear()
+        self._states.clear()
         return self.model
+
+
+def undo(model: nn.Module) -> nn.Module:
+    """Restore the stock forward of every module of `model`; returns the model. For a stock model it does nothing.
+
+    For a model whose handle is not at hand, such as a deep copy or an unpickled model: a copy is as reversible as its
+    original, and neither changes with the other. Raises `BwskError` if `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise BwskError(f"undo: found {type(model).__name__}, not a model; pass the model that make_reversible got")
+    checkpointed.uninstall(list(patched_modules(model)))
+    return model
 
 
 def make_reversible(
@@ -152,8 +173,8 @@ def _check_model(model: nn.Module) -> None:
         inner = inside_compiled(model) or getattr(model, "module", None)
         hint = "call it on the model inside, before wrapping it" if inner is not None else "pass a transformers model"
         raise BwskError(f"make_reversible: found {type(model).__name__}, not a transformers model; {hint}")
-    if any(hasattr(module, "_bwsk") for module in model.modules()):
-        raise BwskError("make_reversible: this model already is; call undo() on the handle first")
+    if any(is_patched(module) for module in model.modules()):
+        raise BwskError("make_reversible: this model already is; call bwsk.undo(model) first")
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise BwskError(
             "make_reversible: gradient checkpointing is on; call model.gradient_checkpointing_disable() first"

@@ -9,27 +9,85 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from bwsk._compat import REPLICATE, collects_outputs
 from bwsk.errors import BwskError
 
+# What frameworks read of a forward: its name in messages, its annotations, and `torch.export` its code. Not `__func__`,
+# which accelerate would call in place of the patch.
+_OF_STOCK = (
+    *("__name__", "__qualname__", "__wrapped__", "__annotations__", "__globals__"),
+    *("__code__", "__defaults__", "__kwdefaults__"),
+)
+
 
 class PatchedForward:
-    """The forward of one module while it is reversible. An object, so that models can be copied and pickled."""
+    """The forward of one module while it is reversible. An object, so that models can be copied and pickled.
+
+    What torch.export and torch.compile trace is the stock forward. While the module trains, torch.compile runs the
+    patch eagerly, since it would reorder the operators that bit-identity depends on.
+    """
 
     def __init__(self, method: Callable[..., Any], module: nn.Module) -> None:
         self.method, self.module = method, module
+        self.__doc__, self.__module__ = type(module).forward.__doc__, type(module).forward.__module__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.method if is_patched(self.module) else type(self.module).forward
-        return run(self.module, *args, **kwargs)
+        module = self.module
+        if args and args[0] is module:  # accelerate's unwrap_model binds the forward to its module once more
+            args = args[1:]
+        if not is_patched(module) or (torch.compiler.is_compiling() and not module.training):
+            return type(module).forward(module, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():  # asked first: within it, torch 2.11 is always exporting
+            return _eagerly(self.method, module, *args, **kwargs)
+        if torch.compiler.is_exporting():
+            return type(module).forward(module, *args, **kwargs)
+        return self.method(module, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(stock_forward(self.module))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_STOCK:
+            return getattr(type(self.module).forward, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+@torch.compiler.disable(
+    reason="make_reversible: training steps run eagerly, to be bit-identical; "
+    "leave out fullgraph=True, or call bwsk.undo(model) before torch.compile"
+)
+def _eagerly(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return method(*args, **kwargs)
+
+
+def whole_model(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The stock forward, for a model of which only parts are patched.
+
+    As a patch it keeps torch.compile from the parts in between while the model trains.
+    """
+    return stock_forward(self)(*args, **kwargs)
+
+
+class Owner:
+    """A module around the one whose state this is; None in a copy of the inner module alone."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
+        return Owner(memo.get(id(self.module)))
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the framework's gradient checkpointing is on for the module."""
+        return bool(getattr(self.module, "gradient_checkpointing", False))
 
 
 class StockReplica:
@@ -68,8 +126,8 @@ def require_stock_forward(name: str, module: nn.Module) -> None:
 
 
 def set_state(module: nn.Module, state: Any) -> None:
-    """Attach `state` to a module that `make_reversible` changes, for `state_of`."""
-    module._bwsk = state
+    """Attach `state` to a module that `make_reversible` changes, for `state_of`; for None an object without meaning."""
+    vars(module)["_bwsk"] = object() if state is None else state
 
 
 def state_of(module: nn.Module) -> Any:
@@ -86,7 +144,7 @@ def patch_forward(module: nn.Module, method: Callable[..., Any], state: Any) -> 
 
 def unpatch(module: nn.Module) -> Any:
     """Undo `patch_forward` and return its state; a forward that others have set since then stays."""
-    if isinstance(module.__dict__.get("forward"), PatchedForward):
+    if _patch_of(module) is not None:
         del module.forward
     module.__dict__.pop(REPLICATE, None)
     module.__dict__.pop("_bwsk_watch", None)
@@ -106,6 +164,23 @@ class Observer:
 def _harmless(hook: Any) -> bool:
     """Whether a forward hook is one with which transformers collects hidden states and attentions, or an `Observer`."""
     return isinstance(hook, Observer) or collects_outputs(hook)
+
+
+def _patch_of(module: nn.Module) -> PatchedForward | None:
+    """The patch that is the module's forward, if it is one."""
+    forward = module.__dict__.get("forward")
+    forward = forward.__func__ if isinstance(forward, MethodType) else forward
+    return forward if isinstance(forward, PatchedForward) else None
+
+
+def patched_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that `make_reversible` has changed; of a shallow copy also its original, whose parts it shares."""
+    for module in list(model.modules()):
+        patch = _patch_of(module)
+        if patch is not None and patch.module is not module:
+            yield patch.module
+        if is_patched(module):
+            yield module
 
 
 def hooked(module: nn.Module) -> bool:

@@ -186,6 +186,19 @@ def test_an_alias_is_one_more_holder_of_the_memory() -> None:
     assert _compat.storage_holders(x) == alone
 
 
+@exercises("current_backward")
+def test_a_backward_has_a_number() -> None:
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    for _ in range(2):
+        y = x * 2 * 3
+        for node in (y.grad_fn, y.grad_fn.next_functions[0][0]):
+            node.register_prehook(lambda g: seen.append(_compat.current_backward()))
+        y.sum().backward()
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    assert _compat.current_backward() == -1 not in seen
+
+
 @exercises("tensor_version")
 def test_a_tensor_counts_what_is_written_to_it() -> None:
     x = torch.zeros(4)

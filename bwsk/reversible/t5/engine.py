@@ -16,7 +16,7 @@ from bwsk.architecture import model_class
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import stock_peak
 from bwsk.reversible.budget import parse_budget
-from bwsk.reversible.patching import hooked, patch_forward, require_stock_forward, unpatch
+from bwsk.reversible.patching import Owner, hooked, patch_forward, require_stock_forward, unpatch, whole_model
 from bwsk.reversible.plan import Level, Plan, require_within_budget, solve
 from bwsk.reversible.stock import altered, altered_functional, library_class
 from bwsk.reversible.t5 import costs
@@ -60,6 +60,22 @@ def _require_stacks(model: nn.Module) -> None:
             raise BwskError(
                 f"make_reversible: the {name} has {found} blocks of its own where its config says {layers}; "
                 "not supported, set the config to what the model is"
+            )
+
+
+def _require_own_weights(model: nn.Module) -> None:
+    """Raise `BwskError` if two sublayers of the stacks share a weight or a module.
+
+    Under autocast stock would add the gradients of both in half precision (`autocast_region`).
+    """
+    stacks = _stacks(model)
+    inside = tuple(f"{name}.block.".lstrip(".") for name, module in model.named_modules() if module in stacks)
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and (name.startswith(inside) or other.startswith(inside)):
+            raise BwskError(
+                f"make_reversible: {other} and {name} are one weight; not supported, give each a weight of its own"
             )
 
 
@@ -196,7 +212,12 @@ def _bytes(module: nn.Module, *, trained: bool = True) -> int:
 
 def install(model: nn.Module, plan: Plan) -> list[nn.Module]:
     """Set the forwards of a plan; returns the modules changed."""
-    return install_levels(model, plan.levels, plan.head.kind)
+    require_stock_forward("", model)
+    touched = install_levels(model, plan.levels, plan.head.kind)
+    if model in touched:
+        return touched
+    patch_forward(model, whole_model, None)
+    return [*touched, model]
 
 
 def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[nn.Module]:
@@ -205,6 +226,7 @@ def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[
     Returns the modules changed. Raises `BwskError`, before changing anything, if a module is not a stock one.
     """
     todo: list[tuple[nn.Module, Any, Policy]] = []
+    method: Any
     names = {id(m): n for n, m in model.named_modules()}
     tied = TiedTable()
     for stack in _stacks(model):
@@ -222,6 +244,7 @@ def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[
                 parts += own
                 if hasattr(layer, "DenseReluDense"):
                     policy, method = _feed_forward_policy(name, layer, level), feed_forward
+                    policy.facts["owner"] = Owner(item)
                 else:
                     policy = _attention_policy(name, layer, level, tied if stack.is_decoder else None)
                     method = cross_attention if policy.facts["crossed"] else self_attention
@@ -237,6 +260,7 @@ def install_levels(model: nn.Module, levels: dict[str, str], head: str) -> list[
     for module, _, _ in todo:
         require_stock_forward(names[id(module)], module)
     _require_stock(model)
+    _require_own_weights(model)
     for module, method, policy in todo:
         patch_forward(module, method, policy)
     return [module for module, _, _ in todo]

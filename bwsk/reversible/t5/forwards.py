@@ -8,7 +8,6 @@ has hooks or has been replaced since `make_reversible` (`policy.engaged`).
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
@@ -26,6 +25,7 @@ from bwsk.reversible.patching import stock_forward
 from bwsk.reversible.plan import Level
 from bwsk.reversible.status import fell_back
 from bwsk.reversible.t5.attention import AttentionCall, Core, attention_weights
+from bwsk.reversible.t5.autocast_region import watch_uses
 from bwsk.reversible.t5.feed_forward import FeedForwardCall, feedforward_weights
 from bwsk.reversible.t5.float16 import OutOfFloat16
 from bwsk.reversible.t5.linear import autocast_dtype
@@ -35,23 +35,6 @@ from bwsk.reversible.t5.rms_norm import rms_apply, rms_backward, rms_statistic
 from bwsk.reversible.t5.tied_embedding import LookupNode, ProjectionNode, TiedTable
 
 CACHE = cache_argument()
-
-
-@torch.compiler.disable
-def _eagerly(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return method(*args, **kwargs)
-
-
-def outside_compile(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run `method` eagerly inside torch.compile, which would reorder the operators that bit-identity depends on."""
-
-    @functools.wraps(method)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return _eagerly(method, self, *args, **kwargs)
-        return method(self, *args, **kwargs)
-
-    return run
 
 
 # ---------------------------------------------------------------------------------------------------- sublayers
@@ -124,7 +107,6 @@ def _stock_cache(layer: nn.Module) -> DynamicCache | None:
     return DynamicCache()
 
 
-@outside_compile
 def self_attention(
     self: nn.Module,
     hidden_states: Tensor,  # (B, L, d)
@@ -135,21 +117,23 @@ def self_attention(
     """T5LayerSelfAttention.forward while training."""
     kwargs = with_cache_argument(kwargs)
     if not engaged(self, hidden_states, None, attention_mask, **kwargs):
-        return stock_forward(self)(
+        outputs = stock_forward(self)(
             hidden_states,
             attention_mask=attention_mask,
             position_bias=position_bias,
             **{**kwargs, CACHE: _stock_cache(self) if kwargs.get(CACHE) is None else kwargs[CACHE]},
         )
+        watch_uses((self,), outputs[0], engine=False)
+        return outputs
     bias = _own_bias(self, hidden_states, position_bias)
     w = attention_weights(self)
     call = _attention_call(self, hidden_states, policy_of(self).level)
     x = hidden_states
     y = AttentionNode.apply(call, x, x, x, None, None, bias, attention_mask, w.norm, w.q, w.k, w.v, w.o)
+    watch_uses((self,), y, engine=True)
     return y, bias, None
 
 
-@outside_compile
 def cross_attention(
     self: nn.Module,
     hidden_states: Tensor,  # (B, L, d)
@@ -161,19 +145,22 @@ def cross_attention(
     """T5LayerCrossAttention.forward while training. Eager attention leaves out stock's bias of zeros."""
     kwargs = with_cache_argument(kwargs)
     if not engaged(self, hidden_states, key_value_states, attention_mask, **kwargs):
-        return stock_forward(self)(
+        outputs = stock_forward(self)(
             hidden_states,
             key_value_states,
             attention_mask=attention_mask,
             position_bias=position_bias,
             **{**kwargs, CACHE: _stock_cache(self) if kwargs.get(CACHE) is None else kwargs[CACHE]},
         )
+        watch_uses((self,), outputs[0], engine=False)
+        return outputs
     w = attention_weights(self)
     call = _attention_call(self, hidden_states, policy_of(self).level)
     x, states = hidden_states, key_value_states
     if position_bias is None:
         position_bias = _zero_bias(self, x, states)
     y = AttentionNode.apply(call, x, x, x, states, states, position_bias, attention_mask, w.norm, w.q, w.k, w.v, w.o)
+    watch_uses((self,), y, engine=True)
     return y, position_bias, None
 
 
@@ -193,18 +180,20 @@ def _feed_call(layer: nn.Module, x: Tensor, level: str) -> FeedForwardCall:
     )
 
 
-@outside_compile
 def feed_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """T5LayerFF.forward while training."""
     if not engaged(self, hidden_states, None):
-        return stock_forward(self)(hidden_states)
+        y = stock_forward(self)(hidden_states)
+        watch_uses((self,), y, engine=False)
+        return y
     w = feedforward_weights(self)
     call = _feed_call(self, hidden_states, policy_of(self).level)
     x = hidden_states
-    return FeedForwardNode.apply(call, x, x, x, w.norm, w.first, w.second, w.o)
+    y = FeedForwardNode.apply(call, x, x, x, w.norm, w.first, w.second, w.o)
+    watch_uses((self,), y, engine=True)
+    return y
 
 
-@outside_compile
 def block(
     self: Any,
     hidden_states: Tensor,  # (B, L, d)
@@ -252,6 +241,7 @@ def block(
     if states is not None and cross_bias is None:
         cross_bias = _zero_bias(middle[0], x, states)
     y = BlockNode.apply(calls, x, x, x, states, states, bias, attention_mask, cross_bias, cross_mask, *weights)
+    watch_uses((own, *middle, feed), y, engine=True)
     return y, bias, cross_bias
 
 
@@ -272,7 +262,6 @@ class _NormNode(torch.autograd.Function):
         return g_product, g_square, g_weight, None
 
 
-@outside_compile
 def norm(self: Any, hidden_states: Tensor) -> Tensor:
     """T5LayerNorm.forward while training (the final norm of a stack)."""
     if not engaged(self, hidden_states, None):
@@ -280,7 +269,6 @@ def norm(self: Any, hidden_states: Tensor) -> Tensor:
     return _NormNode.apply(hidden_states, hidden_states, self.weight, self.variance_epsilon)
 
 
-@outside_compile
 def drop(self: nn.Dropout, input: Tensor) -> Tensor:
     """nn.Dropout.forward while training (the dropouts at both ends of a stack)."""
     if not engaged(self, input, None) or self.inplace:
@@ -298,7 +286,6 @@ def _tied_of(module: nn.Module) -> TiedTable:
     return tied
 
 
-@outside_compile
 def lookup(self: nn.Embedding, input: Tensor) -> Tensor:
     """nn.Embedding.forward inside a training forward of the whole model."""
     tied = _tied_of(self)
@@ -310,7 +297,6 @@ def lookup(self: nn.Embedding, input: Tensor) -> Tensor:
     return vectors
 
 
-@outside_compile
 def projection(self: nn.Linear, input: Tensor) -> Tensor:
     """The output projection (nn.Linear without bias) inside a training forward of the whole model."""
     tied = _tied_of(self)
@@ -323,7 +309,6 @@ def projection(self: nn.Linear, input: Tensor) -> Tensor:
     return ProjectionNode.apply(input, tied.current(self.weight))
 
 
-@outside_compile
 def conditional(self: Any, *args: Any, **kwargs: Any) -> Any:
     """T5ForConditionalGeneration.forward while training."""
     stock = stock_forward(self)

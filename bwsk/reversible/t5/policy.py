@@ -90,12 +90,11 @@ def _obstacle(module: nn.Module, x: Tensor, states: Tensor | None, *masks: Tenso
     if not x.is_contiguous() or (states is not None and not states.is_contiguous()):
         return "its input is not contiguous"
     policy = policy_of(module)
-    attention = policy.facts.get("attention")
-    if attention is not None:
-        if attention.gradient_checkpointing:
-            return "gradient checkpointing is on"
-        if getattr(attention.config, "output_attentions", False):
-            return "attentions are asked for"
+    owner, attention = policy.facts.get("owner"), policy.facts.get("attention")
+    if (owner is not None and owner.checkpointing) or (attention is not None and attention.gradient_checkpointing):
+        return "gradient checkpointing is on"
+    if attention is not None and getattr(attention.config, "output_attentions", False):
+        return "attentions are asked for"
     if x.dtype is not torch.float32 and torch.is_autocast_enabled(x.device.type):
         return f"its input is {x.dtype} under autocast".replace("torch.", "")
     return change(policy)

@@ -94,6 +94,9 @@ class TiedTable:
     def __init__(self) -> None:
         self.stop()
 
+    def __reduce__(self) -> tuple[type[TiedTable], tuple[()]]:
+        return TiedTable, ()  # a copy made during a forward, by a hook, is of no forward itself
+
     def start(self) -> None:
         """A training forward begins."""
         self.stop()
