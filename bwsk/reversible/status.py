@@ -38,7 +38,7 @@ class _Watch:
 
 def watch(module: nn.Module, name: str, fallbacks: Fallbacks) -> None:
     """Count the stock forwards of a changed module under this name."""
-    module._bwsk_watch = _Watch(name, fallbacks)  # type: ignore[assignment]
+    vars(module)["_bwsk_watch"] = _Watch(name, fallbacks)
 
 
 def fell_back(module: nn.Module, reason: str) -> None:
