@@ -121,9 +121,7 @@ def test_whole_blocks_are_recomputed_with_the_default_cache(name: str) -> None:
 
 def test_modules_name_their_layer_of_a_cache_by_names_that_are_known() -> None:
     """In the source of every model of the installed transformers: `cache.update(keys, values, self.NAME)`."""
-    call = re.compile(
-        r"(?:past_key_values?|layer_past)\.update\(\s*[\w.]+,\s*[\w.]+,\s*(?:layer_idx=)?self\.(\w+)"
-    )
+    call = re.compile(r"(?:past_key_values?|layer_past)\.update\(\s*[\w.]+,\s*[\w.]+,\s*(?:layer_idx=)?self\.(\w+)")
     models = Path(transformers.__file__).parent / "models"
     names = {name for path in models.glob("*/modeling_*.py") for name in call.findall(path.read_text("utf-8"))}
     assert names == {"layer_idx", "layer_id"}
