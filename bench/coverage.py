@@ -40,6 +40,7 @@ KINDS = {
     "sequence-to-sequence": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
 BATCH, LENGTH, TARGET, VOCABULARY, LAYERS, STEPS = 3, 12, 7, 96, 2, 2
+MOST_WEIGHTS = 5_000_000  # of a model that counts as small
 ATTENTIONS, PRECISIONS = ("eager", "sdpa"), (torch.float32, torch.bfloat16)
 
 # Small sizes by the names of a config's fields. The first pattern that matches the whole name counts.
@@ -161,6 +162,12 @@ def small_model(name: str, attention: str = "eager") -> nn.Module:
         setattr(config, field, value)
     if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 1
+    with torch.device("meta"):
+        size = sum(
+            p.numel() for p in from_config(cls)(copy.deepcopy(config), attn_implementation=attention).parameters()
+        )
+    if size > MOST_WEIGHTS:
+        raise BwskError(f"stays large ({size / 1e6:.0f} million weights)")
     torch.manual_seed(0)
     return from_config(cls)(config, attn_implementation=attention).train()
 

@@ -487,7 +487,9 @@ def _units(found: dict[Level, _Measured]) -> list[Unit]:
     """
     stock = found[Level.STOCK]
     if len({tuple(block.name for block in measured.blocks) for measured in found.values()}) > 1:
-        raise BwskError("which blocks run differs from step to step (layers dropped at random); not supported")
+        raise BwskError(
+            "make_reversible: which blocks run differs from step to step (layers dropped at random); not supported"
+        )
     choices = [[Choice(block.saved, 0, block.work, ((block.name, Level.STOCK),))] for block in stock.blocks]
     for level in (Level.CHECKPOINT_ATTENTION, Level.CHECKPOINT_BLOCK):
         pairs = list(zip(found[level].blocks, stock.blocks, choices, strict=True))
