@@ -26,6 +26,7 @@ def plan(
     target_length: TargetLength = None,
     precision: str = _PRECISION,
     full: bool = typer.Option(False, "--full", help="List every block, also those that are alike."),
+    explain: bool = typer.Option(False, "--explain", help="List what every module runs: the engine, or stock and why."),
     json: JsonFile = None,
 ) -> None:
     """Show what a reversible step saves and recomputes, and its cost.
@@ -33,7 +34,7 @@ def plan(
     Lists every operation with its residue, and the trade-off between memory and extra FLOPs.
     """
     from bwsk.architecture import load_config
-    from bwsk.cli.tables import plan_tables
+    from bwsk.cli.tables import explanation_table, plan_tables
     from bwsk.files import write_json
     from bwsk.reversible.handle import curve_of, plan_of
     from bwsk.reversible.report import plan_dict
@@ -43,6 +44,8 @@ def plan(
     found = plan_of(config, _number(budget), shape, precision)
     points = curve_of(config, shape, precision)
     plan_tables(config, found, points, shape, precision, full)
+    if explain:
+        explanation_table(found)
     if json:
         write_json(
             json, {"model": model, "precision": precision, **plan_dict(found), "curve": [p.point() for p in points]}

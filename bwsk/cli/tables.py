@@ -84,6 +84,18 @@ def plan_tables(
     out.print(shown)
 
 
+def explanation_table(plan: Plan) -> None:
+    """Print what each module of a plan runs."""
+    from bwsk.reversible.report import explanation
+
+    shown = table(title="\nwhat each module runs")
+    shown.add_column("module", no_wrap=True)
+    shown.add_column("runs")
+    for module, runs in explanation(plan):
+        shown.add_row(module, runs)
+    console().print(shown)
+
+
 def evaluation_table(splits: dict[str, dict[str, Any]]) -> None:
     """Print the perplexities of each split."""
     shown = table("split")

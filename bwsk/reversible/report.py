@@ -17,7 +17,32 @@ def rows(plan: Plan) -> list[PlanRow]:
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
     """The plan with its operations, ready for strict JSON."""
-    return {**plan.to_dict(), "operations": [asdict(row) for row in rows(plan)]}
+    return {**plan.to_dict(), "runs": dict(explanation(plan)), "operations": [asdict(row) for row in rows(plan)]}
+
+
+_RUNS = {
+    Level.STOCK: "the stock forward: recomputing something in it would save nothing",
+    Level.SAVE_CONTEXT: "the engine; attention saves q, k, v and P v, a feed-forward its hidden activations",
+    Level.SAVE_QKV: "the engine; saves q, k and v",
+    Level.SAVE_INPUT: "the engine; saves its input and dropout masks",
+    Level.CHECKPOINT_ATTENTION: "its stock forward; scores, softmax and dropout are recomputed",
+    Level.CHECKPOINT_BLOCK: "recomputed as a whole from its input",
+}
+_HEADS = {
+    "exact": "one copy of the logits, bit-identical",
+    "chunked": "never makes the logits; as exact as stock, not bit-identical",
+    "none": "the stock forward: there is no projection onto the vocabulary",
+}
+
+
+def explanation(plan: Plan) -> list[tuple[str, str]]:
+    """(module, what it runs and, for the stock forward, why) for every module of the plan in forward order."""
+    found = []
+    for choice in plan.choices:
+        part = f", in {choice.part}" if choice.part else ""
+        found += [(module, _RUNS[Level(level)] + part) for module, level in choice.levels]
+    # The loss of other models is replaced when the model is at hand: `Reversible.status` knows.
+    return found if plan.context is None else [*found, ("loss head", _HEADS[plan.head.kind])]
 
 
 def _checkpointed_rows(plan: Plan) -> list[PlanRow]:

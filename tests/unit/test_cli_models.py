@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import T5Config
 from typer.testing import CliRunner
 
+import bwsk.cli.memory
 import bwsk.cli.models  # noqa: F401 - registers the commands
 from bwsk.cli.app import app
 from bwsk.errors import BwskError
@@ -98,3 +100,21 @@ def test_bad_input_is_one_line_and_non_zero(model, arguments):
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.startswith("bwsk: error: ")
+
+
+def test_plan_explains_what_every_module_runs(tmp_path: Path) -> None:
+    """A T5 by its engine; a block in which recomputation would save nothing by its stock forward, and why."""
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "num_layers": 2, "d_model": 32}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "d_kv": 8, "d_ff": 64, "vocab_size": 96}))
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path), "--explain", "--json", str(tmp_path / "plan.json")])
+    assert shown.exit_code == 0, shown.output
+    assert "what each module runs" in shown.output
+    runs = json.loads((tmp_path / "plan.json").read_text())["runs"]
+    assert runs["decoder.block.1.layer.2"].startswith("the engine")
+    assert runs["loss head"] == "one copy of the logits, bit-identical"
+    config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path), "--explain", "--json", str(tmp_path / "plan.json")])
+    assert shown.exit_code == 0, shown.output
+    runs = json.loads((tmp_path / "plan.json").read_text())["runs"]
+    assert set(runs.values()) == {"the stock forward: recomputing something in it would save nothing"}
