@@ -7,6 +7,7 @@ The public names are imported on first use, so that `import bwsk` costs nothing:
 - `make_reversible(model, budget=...)`: training steps that save less, with bit-identical gradients.
 - `undo(model)`: the stock model again; of a copy too, which has no handle.
 - `plan(model, budget=...)`: what `make_reversible` would save and recompute, without a model in memory.
+- `same_gradients(model, batch, a, b)`: whether two set-ups of a model give the same bits, loss and every gradient.
 - `predict_memory(model, ...)`: peak memory of a training step, without a GPU; `largest_batch`: what fits.
 - `BwskError`: raised by all of the above for invalid or unsupported input.
 """
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from bwsk.classification.trace import Trace, trace
     from bwsk.errors import BwskError
     from bwsk.memory.prediction import Prediction, largest_batch, predict_memory
+    from bwsk.reversible.gradient_check import same_gradients
+    from bwsk.reversible.gradient_comparison import GradientComparison
     from bwsk.reversible.handle import Reversible, make_reversible, plan, undo
     from bwsk.reversible.plan import Plan
 
@@ -29,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BwskError",
     "Census",
+    "GradientComparison",
     "Plan",
     "Prediction",
     "Reversible",
@@ -40,6 +44,7 @@ __all__ = [
     "make_reversible",
     "plan",
     "predict_memory",
+    "same_gradients",
     "trace",
     "undo",
 ]
@@ -50,6 +55,8 @@ _HOMES = {
     "bwsk.classification.trace": ("Trace", "trace"),
     "bwsk.errors": ("BwskError",),
     "bwsk.memory.prediction": ("Prediction", "largest_batch", "predict_memory"),
+    "bwsk.reversible.gradient_check": ("same_gradients",),
+    "bwsk.reversible.gradient_comparison": ("GradientComparison",),
     "bwsk.reversible.handle": ("Reversible", "make_reversible", "plan", "undo"),
     "bwsk.reversible.plan": ("Plan",),
 }

@@ -71,55 +71,6 @@ def example_batch(
     return inputs
 
 
-def random_batch(
-    model: nn.Module,
-    batch: int,
-    input_length: int,
-    target_length: int | None,
-    *,
-    labelled: bool = True,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-) -> dict[str, Any]:
-    """`example_batch` with values: tokens and labels at random, noise for pixels, one token and one label of padding.
-
-    `labelled=False` leaves the labels out. Tokens that the config gives a meaning (padding, end, …) are not drawn.
-    """
-    inputs = example_batch(model, batch, input_length, target_length)
-    config: Any = model.config
-    inputs.pop("use_cache", None)  # as the model has it by default
-    generator = torch.Generator().manual_seed(seed)
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-    vocabulary = min((table.weight.shape[0] for table in tables if hasattr(table, "weight")), default=2)
-    special = {
-        value for name, value in config.to_dict().items() if name.endswith("_token_id") and isinstance(value, int)
-    }
-    ordinary = torch.tensor([token for token in range(vocabulary) if token not in special] or [0])
-    classes = getattr(config, "num_labels", None) or 2
-    found: dict[str, Any] = {}
-    for name, value in inputs.items():
-        if value.is_floating_point():
-            found[name] = torch.randn(value.shape, generator=generator)
-        elif name == "labels" and (value.dim() == 1 or "TokenClassification" in type(model).__name__):
-            found[name] = torch.randint(0, classes, value.shape, generator=generator)
-        else:
-            found[name] = ordinary[torch.randint(0, len(ordinary), value.shape, generator=generator)]
-    if "labels" in found and found["labels"].dim() == 2:
-        found["labels"][0, -1] = -100
-    accepted = inspect.signature(model.forward).parameters
-    if not labelled and found.pop("labels", None) is not None and target_length and "decoder_input_ids" in accepted:
-        found["decoder_input_ids"] = ordinary[
-            torch.randint(0, len(ordinary), (batch, target_length), generator=generator)
-        ]
-    if "input_ids" in found and "attention_mask" in accepted:
-        found["attention_mask"] = torch.ones(batch, input_length, dtype=torch.long)
-        found["attention_mask"][0, -1] = 0
-        if isinstance(end := getattr(config, "eos_token_id", None), int) and 0 <= end < vocabulary and input_length > 1:
-            found["input_ids"][:, -2] = end  # classifiers of encoder-decoders read off the result there
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return {k: (v.to(device, dtype) if v.is_floating_point() else v.to(device)) for k, v in found.items()}
-
-
 def _takes_targets(accepted: Iterable[str]) -> bool:
     return any(name.startswith("decoder_") for name in accepted)
 

@@ -1,7 +1,7 @@
 """The command line: the only part of bwsk that touches argv, and the seam that the workflow calls.
 
 `main` turns a `BwskError` or an error of the operating system into one line on standard error and exit status 1. An
-invalid command line gives such a line and exit status 2.
+invalid command line gives such a line and exit status 2. Where status 1 is an answer (`ANSWERS`), errors give 2 too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from importlib import import_module
 from typing import Any, cast
 
 # One module per group of commands; importing it registers its commands, in the order that `bwsk --help` shows.
-GROUPS = ("models", "memory", "data", "study", "publish", "versions", "tools")
+GROUPS = ("models", "memory", "gradients", "data", "study", "publish", "versions", "tools")
+
+# Commands whose exit status 1 says "different", as that of diff and cmp does.
+ANSWERS = ("gradcheck",)
 
 
 def main() -> None:
@@ -36,6 +39,7 @@ def _main() -> None:
     os.umask(os.umask(0o022) | 0o002)  # outputs must not be world-writable: `bwsk check` would refuse them
     for group in GROUPS:
         import_module(f"bwsk.cli.{group}")
+    failed = 2 if sys.argv[1:2] and sys.argv[1] in ANSWERS else 1
     usage_error = cast(type[Exception], typer.BadParameter.__base__)  # UsageError has no public name in typer
     try:
         # Not standalone, where typer draws its errors as boxes.
@@ -46,21 +50,21 @@ def _main() -> None:
         sys.exit(2)
     except BwskError as error:
         print(f"bwsk: error: {_one_line(str(error))}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(failed)
     except (RuntimeError, MemoryError) as error:  # `train` reports more about it
         from bwsk.study.device import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
         print("bwsk: error: out of memory; free memory, or use a smaller batch (evaluate.batch_size)", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(failed)
     except OSError as error:  # a full disk or missing permissions that no command handles itself
         if isinstance(error, BrokenPipeError):
-            sys.exit(1)
+            sys.exit(failed)
         where = f"{error.filename}: " if error.filename else ""
         found = _one_line(f"{where}{error.strerror or error}")
         print(f"bwsk: error: {found}; free space or fix permissions, then try again", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(failed)
 
 
 def _one_line(text: str) -> str:

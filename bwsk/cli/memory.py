@@ -7,14 +7,7 @@ from typing import Any
 import typer
 
 from bwsk.cli.app import MODELS, app
-from bwsk.cli.options import Batch, InputLength, JsonFile, Model, TargetLength
-
-_PRECISION = typer.Option(
-    "fp32",
-    "--precision",
-    "-p",
-    help="fp32, or bf16 or fp16 autocast with fp32 weights. The names of the dtypes are accepted too.",
-)
+from bwsk.cli.options import Batch, InputLength, JsonFile, Model, Precision, TargetLength
 
 
 @app.command(rich_help_panel=MODELS, epilog="Example: bwsk plan google-t5/t5-small --budget max")
@@ -24,7 +17,7 @@ def plan(
     batch: Batch = 4,
     input_length: InputLength = 256,
     target_length: TargetLength = None,
-    precision: str = _PRECISION,
+    precision: Precision = "fp32",
     full: bool = typer.Option(False, "--full", help="List every block, also those that are alike."),
     explain: bool = typer.Option(False, "--explain", help="List what every module runs: the engine, or stock and why."),
     json: JsonFile = None,
@@ -61,7 +54,7 @@ def memory(
     mode: str = typer.Option(
         "conventional", "--mode", "-m", help="Training mode: conventional, checkpoint or reversible."
     ),
-    precision: str = _PRECISION,
+    precision: Precision = "fp32",
     budget: str | None = typer.Option(
         None,
         "--budget",

@@ -17,6 +17,14 @@ JsonFile = Annotated[
 Model = Annotated[str, typer.Argument(help="Hub id (optionally id@revision), local directory or config.json.")]
 Batch = Annotated[int, typer.Option("--batch", "-b", help="Sequences (or images) per step.")]
 InputLength = Annotated[int, typer.Option("--input", "-i", help="Input tokens per sequence.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        "-p",
+        help="fp32, or bf16 or fp16 autocast with fp32 weights. The names of the dtypes are accepted too.",
+    ),
+]
 TargetLength = Annotated[
     int | None,
     typer.Option(

@@ -1,4 +1,4 @@
-"""The tables that the commands plan, memory, evaluate and compare print."""
+"""The tables that the commands plan, memory, gradcheck, evaluate and compare print."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bwsk.units import MIB
 
 if TYPE_CHECKING:  # these import torch, which compare does not need
     from bwsk.memory.prediction import Prediction
+    from bwsk.reversible.gradient_comparison import GradientComparison
     from bwsk.reversible.plan import Plan
     from bwsk.reversible.plan_row import PlanRow
 
@@ -94,6 +95,25 @@ def explanation_table(plan: Plan) -> None:
     for module, runs in explanation(plan):
         shown.add_row(module, runs)
     console().print(shown)
+
+
+def gradient_table(found: GradientComparison) -> None:
+    """Print the answer of a comparison, and the gradients that differ, ten at most."""
+    from bwsk.reversible.gradient_comparison import HEADINGS
+
+    out = console()
+    head, rows, notes = found.parts(10)
+    for line in head:
+        say(out, line)
+    if rows:
+        shown = table()
+        shown.add_column(HEADINGS[0], overflow="fold")
+        numbers(shown, *HEADINGS[1:])
+        for row in rows:
+            shown.add_row(*map(escape, row.cells()))
+        out.print("", shown)
+    for line in notes:
+        say(out, line)
 
 
 def evaluation_table(splits: dict[str, dict[str, Any]]) -> None:

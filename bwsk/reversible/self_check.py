@@ -6,8 +6,6 @@ and hooks are left as they were.
 
 from __future__ import annotations
 
-import random
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,8 +18,11 @@ from torch import Tensor, nn
 from bwsk._compat import FakeTensor
 from bwsk.architecture import one_line
 from bwsk.errors import BwskError
-from bwsk.example_batch import loss_of, random_batch
+from bwsk.example_batch import loss_of
 from bwsk.reversible.patching import Observer, without_hooks
+from bwsk.reversible.random_batch import random_batch
+from bwsk.reversible.random_state import random_state_kept, seed_all
+from bwsk.reversible.tensor_bits import distance, identical, norm
 from bwsk.units import Precision, dtype_of
 
 # Sequences and tokens of the batch: small enough for the weights, not the batch, to decide what it costs.
@@ -101,12 +102,9 @@ class SelfCheck:
         return found + [n for n, g in self.stock.gradients.items() if not self._same(g, other.gradients[n])]
 
     def _same(self, a: Tensor | None, b: Tensor | None) -> bool:
-        if a is None or b is None:
-            return a is b
-        if self.exact:
-            # Overflowing float16 weights give NaN in both.
-            return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
-        return bool((a - b).norm() <= _TOLERANCE * a.norm() + 1e-12)
+        if self.exact or a is None or b is None:
+            return identical(a, b)
+        return distance(a, b) <= _TOLERANCE * norm(a)
 
     def _same_output(self, a: Tensor, b: Tensor) -> bool:
         """The same for what a module returns; a head without logits passes on the hidden states in their place."""
@@ -118,7 +116,8 @@ class SelfCheck:
         for labelled in (True, False):
             try:
                 with _tables(self.model, self.cut_tables):
-                    inputs = random_batch(self.model, *_SHAPE, labelled=labelled, device=_device_of(self.model))
+                    inputs = random_batch(self.model, *_SHAPE, seed=0, labelled=labelled, device=_device_of(self.model))
+                inputs.pop("use_cache", None)  # as the model has it by default
                 return inputs, self._step(inputs)
             except Exception as error:  # models refuse inputs in as many ways as there are models
                 reason = reason or error
@@ -223,8 +222,9 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_seeded(_device_of(model)))
+        stack.enter_context(random_state_kept())
         stack.enter_context(without_hooks(model))
+        seed_all(0)
         try:
             for module in modules:
                 module.training = True
@@ -237,23 +237,3 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
                         if not torch.equal(buffer, values):
                             buffer.copy_(values)
                     module._buffers[name] = buffer
-
-
-@contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
-    """A seed for every generator that a model may use; afterwards each is where it was."""
-    count = torch.get_device_module(device.type).device_count() if device.type not in ("cpu", "meta") else 0
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), None if numpy is None else numpy.random.get_state()
-    forked: dict[str, Any] = {"device_type": device.type} if count else {}
-    with torch.random.fork_rng(devices=range(count), **forked):
-        try:
-            torch.manual_seed(0)
-            random.seed(0)
-            if numpy is not None:
-                numpy.random.seed(0)
-            yield
-        finally:
-            random.setstate(states[0])
-            if numpy is not None:
-                numpy.random.set_state(states[1])
