@@ -155,8 +155,9 @@ class GradientComparison:
         setting = f"{self.model}, {_count(self.steps, 'step')}, {self.precision}, {self.device}"
         if self.identical:
             return f"Identical: {what}, loss and {_count(len(self.rows), 'gradient')} ({setting})"
-        loss = "the loss and " if self.loss_steps else ""
-        return f"Different: {what}, {loss}{len(self.differing)} of {_count(len(self.rows), 'gradient')} ({setting})"
+        gradients = f"{len(self.differing)} of {_count(len(self.rows), 'gradient')}"
+        differ = ["the loss"] * bool(self.loss_steps) + [gradients] * bool(self.differing)
+        return f"Different: {what}, {' and '.join(differ)} ({setting})"
 
     def _repeatability(self) -> str:
         if self.repeatable:

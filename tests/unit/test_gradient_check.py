@@ -348,6 +348,17 @@ def test_a_gradient_of_zeros_is_not_none() -> None:
     assert not same_gradients(Net(), data(), a=patched(shorter), b=patched(forward))
 
 
+def test_a_loss_alone_that_differs_is_found() -> None:
+    def higher(model: Any) -> None:
+        model.register_forward_hook(lambda module, args, out: {"loss": out["loss"] + 1.0})
+
+    found = same_gradients(Net(), data(), b=higher)
+    assert not found
+    assert not found.differing
+    assert found.loss_steps == (1, 2, 3)
+    assert str(found).startswith("Different: stock and higher, the loss (Net, 3 steps, fp32, cpu).")
+
+
 def filtered(model: Any) -> None:
     """Labels of -100 are dropped before the loss, sequence by sequence: the mean of means is not the mean."""
 
