@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from bwsk.classification.trace import Trace, trace
     from bwsk.errors import BwskError
     from bwsk.memory.prediction import Prediction, largest_batch, predict_memory
-    from bwsk.reversible.gradient_check import same_gradients
-    from bwsk.reversible.gradient_comparison import GradientComparison
     from bwsk.reversible.handle import Reversible, make_reversible, plan, undo
     from bwsk.reversible.plan import Plan
+    from bwsk.reversible.verification.gradient_check import same_gradients
+    from bwsk.reversible.verification.gradient_comparison import GradientComparison
 
 __version__ = "0.1.0"
 __all__ = [
@@ -55,8 +55,8 @@ _HOMES = {
     "bwsk.classification.trace": ("Trace", "trace"),
     "bwsk.errors": ("BwskError",),
     "bwsk.memory.prediction": ("Prediction", "largest_batch", "predict_memory"),
-    "bwsk.reversible.gradient_check": ("same_gradients",),
-    "bwsk.reversible.gradient_comparison": ("GradientComparison",),
+    "bwsk.reversible.verification.gradient_check": ("same_gradients",),
+    "bwsk.reversible.verification.gradient_comparison": ("GradientComparison",),
     "bwsk.reversible.handle": ("Reversible", "make_reversible", "plan", "undo"),
     "bwsk.reversible.plan": ("Plan",),
 }

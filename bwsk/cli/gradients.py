@@ -48,10 +48,10 @@ def gradcheck(
     from bwsk.errors import BwskError
     from bwsk.files import write_json
     from bwsk.memory.fake_step import require_one_of, require_shape
-    from bwsk.reversible.gradient_check import same_gradients
-    from bwsk.reversible.random_batch import random_batch
-    from bwsk.reversible.random_state import seed_all
-    from bwsk.reversible.setups import require_setup
+    from bwsk.reversible.verification.gradient_check import same_gradients
+    from bwsk.reversible.verification.random_batch import random_batch
+    from bwsk.reversible.verification.random_state import seed_all
+    from bwsk.reversible.verification.setups import require_setup
     from bwsk.study.progress import progress
     from bwsk.units import to_precision
 

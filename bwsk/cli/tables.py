@@ -14,9 +14,9 @@ from bwsk.units import MIB
 
 if TYPE_CHECKING:  # these import torch, which compare does not need
     from bwsk.memory.prediction import Prediction
-    from bwsk.reversible.gradient_comparison import GradientComparison
     from bwsk.reversible.plan import Plan
     from bwsk.reversible.plan_row import PlanRow
+    from bwsk.reversible.verification.gradient_comparison import GradientComparison
 
 _KINDS = {
     "weights": "weights",
@@ -99,7 +99,7 @@ def explanation_table(plan: Plan) -> None:
 
 def gradient_table(found: GradientComparison) -> None:
     """Print the answer of a comparison, and the gradients that differ, ten at most."""
-    from bwsk.reversible.gradient_comparison import HEADINGS
+    from bwsk.reversible.verification.gradient_comparison import HEADINGS
 
     out = console()
     head, rows, notes = found.parts(10)

@@ -27,16 +27,13 @@ from bwsk._compat import (
     DynamicOutputShapeException,
     FakeTensorMode,
     fake_tensor_log,
-    own_loss,
     set_attention_kind,
-    set_loss,
 )
 from bwsk.architecture import build, one_line
 from bwsk.errors import BwskError
 from bwsk.example_batch import example_batch, label_arguments, loss_of, own_loss_of
 from bwsk.memory.allocation_log import Log, Tracker
 from bwsk.memory.cuda_rules import cuda_rules
-from bwsk.reversible.patching import unpatch
 from bwsk.units import MIB, Precision, dtype_of, to_precision
 
 # Limit on the attention scores of one head in a step; heads and bytes then stay below the largest size of a tensor.
@@ -208,9 +205,10 @@ def _structure(model: Any, attention: str) -> nn.Module:
             f"{type(model).__name__}: cannot be copied to be run on fake tensors: {one_line(error)}"
         ) from None
     for module in fake.modules():
-        unpatch(module)
-        if getattr(own_loss(module), "__module__", "").startswith("bwsk."):
-            set_loss(module, None)
+        # What makes a module reversible lies on it: its forward, its loss, and their states.
+        for name, value in list(vars(module).items()):
+            if name == "_bwsk" or type(value).__module__.startswith("bwsk."):
+                del vars(module)[name]
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
             hooks.clear()
         if isinstance(getattr(module, "config", None), PreTrainedConfig):

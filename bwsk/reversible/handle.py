@@ -16,9 +16,9 @@ from bwsk.reversible import checkpointed
 from bwsk.reversible.budget import NAMED
 from bwsk.reversible.patching import is_patched, patched_modules, state_of
 from bwsk.reversible.plan import Plan, solve
-from bwsk.reversible.self_check import SelfCheck, can_be_checked
 from bwsk.reversible.status import Fallbacks, Status, status_of, watch
 from bwsk.reversible.t5 import engine as t5
+from bwsk.reversible.verification.self_check import SelfCheck, can_be_checked
 from bwsk.units import Precision, to_precision
 
 if TYPE_CHECKING:

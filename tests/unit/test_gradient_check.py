@@ -34,9 +34,9 @@ from transformers import (
 import bwsk
 from bwsk import BwskError, GradientComparison, make_reversible, same_gradients
 from bwsk.cli import main
-from bwsk.reversible.gradient_check import shape_of, what_to_set
-from bwsk.reversible.random_batch import random_batch
-from bwsk.reversible.tensor_bits import fingerprint, identical
+from bwsk.reversible.verification.gradient_check import shape_of, what_to_set
+from bwsk.reversible.verification.random_batch import random_batch
+from bwsk.reversible.verification.tensor_bits import fingerprint, identical
 
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 96, "n_positions": 32, "eos_token_id": 1}

@@ -16,9 +16,8 @@ from bwsk.study.source_digest import Source
 LAYERS = {"cli": 3, "study": 2, "classification": 1, "reversible": 1, "memory": 1, "": 0}
 LIBRARY = {room for room, layer in LAYERS.items() if layer == 1}
 # Where one room of the library imports another. A plan is made of a step measured on fake tensors, and the prediction
-# of a reversible step installs the plan; a stock step of a reversible model is that of its stock self.
+# of a reversible step installs the plan, so that these two rooms know each other in this one file.
 BETWEEN = {
-    "memory/fake_step.py": {"reversible"},
     "memory/prediction.py": {"reversible"},
     "reversible": {"memory"},
     "reversible/plan_row.py": {"classification"},

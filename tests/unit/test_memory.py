@@ -7,14 +7,24 @@ import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Event
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import BartConfig, BertConfig, CLIPConfig, GPT2Config, Phi3Config, T5Config
+from transformers import (
+    BartConfig,
+    BertConfig,
+    CLIPConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    T5Config,
+)  # fmt: skip
 from typer.testing import CliRunner
 
-from bwsk import BwskError, predict_memory
+from bwsk import BwskError, make_reversible, plan, predict_memory
 from bwsk.memory.allocation_log import Tracker
 from bwsk.memory.cuda_rules import cuda_rules
 from bwsk.memory.fake_step import fake_step
@@ -344,3 +354,32 @@ def test_predictions_in_two_threads_are_those_of_one(tiny):
         found = [threads.submit(predict) for _ in range(2)]
         assert [one.result(120) for one in found] == [alone, alone]
     assert torch.nn.functional.softmax is softmax
+
+
+def test_a_model_is_predicted_as_it_is() -> None:
+    """Frozen, cast or shortened; and a reversible one as its stock self, which it stays."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+
+    def llama() -> Any:
+        return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=2048))
+
+    step = {"batch": 2, "input_length": 64}
+    whole = predict_memory(llama(), **step)
+    frozen, narrow, short, reversible = llama(), llama().bfloat16(), llama(), llama()
+    frozen.model.requires_grad_(False)
+    short.model.layers = short.model.layers[:2]
+    make_reversible(reversible, "max", **step)
+    before = [(name, id(value)) for module in reversible.modules() for name, value in vars(module).items()]
+    for model in (frozen, narrow, short, reversible):
+        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+        states = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / 2**20
+        found = predict_memory(model, **step, optimizer="fused").kinds
+        assert found["weights"] == pytest.approx(weights, rel=0.01)
+        assert found["optimizer_states"] == pytest.approx(states, rel=0.01)
+    assert predict_memory(reversible, **step) == whole
+    assert before == [(name, id(value)) for module in reversible.modules() for name, value in vars(module).items()]
+    part = llama()
+    part.model.layers[:2].requires_grad_(False)
+    assert plan(part, "fast", **step).peak < plan(llama(), "fast", **step).peak
+    with pytest.raises(BwskError, match="no gradient reaches its blocks"):
+        plan(frozen, "fast", **step)

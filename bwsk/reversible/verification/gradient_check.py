@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from bwsk._compat import tree_map_only
 from bwsk.architecture import one_line
 from bwsk.errors import BwskError
-from bwsk.reversible.float64_reference import Float64Reference
-from bwsk.reversible.gradient_comparison import GradientComparison, GradientRow, SideName
 from bwsk.reversible.patching import is_patched
-from bwsk.reversible.random_state import RandomState, random_state_kept, seed_all
-from bwsk.reversible.setups import CHECKPOINTED, Setup, Shape, require_setup, set_up, setup_name
-from bwsk.reversible.tensor_bits import distance, fingerprint, identical, norm, ratio
+from bwsk.reversible.verification.float64_reference import Float64Reference
+from bwsk.reversible.verification.gradient_comparison import GradientComparison, GradientRow, SideName
+from bwsk.reversible.verification.random_state import RandomState, random_state_kept, seed_all
+from bwsk.reversible.verification.setups import CHECKPOINTED, Setup, Shape, require_setup, set_up, setup_name
+from bwsk.reversible.verification.tensor_bits import distance, fingerprint, identical, norm, ratio
 from bwsk.units import Precision, dtype_of, to_precision
 
 STEPS = 3

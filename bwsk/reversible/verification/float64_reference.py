@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bwsk.architecture import one_line
-from bwsk.reversible.tensor_bits import dense, distance, norm, ratio
+from bwsk.reversible.verification.tensor_bits import dense, distance, norm, ratio
 
 # How far a step may be from the same step in float64, relative: its loss, and its gradients as one vector.
 NEAR = {torch.float64: 0.02, torch.float32: 0.02}

@@ -20,9 +20,9 @@ from bwsk.architecture import one_line
 from bwsk.errors import BwskError
 from bwsk.example_batch import loss_of
 from bwsk.reversible.patching import Observer, without_hooks
-from bwsk.reversible.random_batch import random_batch
-from bwsk.reversible.random_state import random_state_kept, seed_all
-from bwsk.reversible.tensor_bits import distance, identical, norm
+from bwsk.reversible.verification.random_batch import random_batch
+from bwsk.reversible.verification.random_state import random_state_kept, seed_all
+from bwsk.reversible.verification.tensor_bits import distance, identical, norm
 from bwsk.units import Precision, dtype_of
 
 # Sequences and tokens of the batch: small enough for the weights, not the batch, to decide what it costs.
