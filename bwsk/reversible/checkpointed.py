@@ -430,7 +430,7 @@ def _measure(
     order = sorted(moments.back.keys() & moments.runs.keys(), key=lambda index: moments.runs[index][0])
     if not order:
         raise BwskError(
-            f"{type(model).__name__}: no gradient reaches its blocks in a step of text (are they frozen?); nothing to save"
+            f"{type(model).__name__}: no gradient reaches its blocks in a step of text (frozen?); nothing to save"
         )
     names, measured = list(found), []
     for place, index in enumerate(order):
