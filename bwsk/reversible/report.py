@@ -21,26 +21,28 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 _RUNS = {
-    Level.STOCK: "the stock forward: recomputing something in it would save nothing",
-    Level.SAVE_CONTEXT: "the engine; attention saves q, k, v and P v, a feed-forward its hidden activations",
+    Level.STOCK: "the stock forward",
+    Level.SAVE_CONTEXT: "the engine; saves the results of its matrix products",
     Level.SAVE_QKV: "the engine; saves q, k and v",
-    Level.SAVE_INPUT: "the engine; saves its input and dropout masks",
-    Level.CHECKPOINT_ATTENTION: "its stock forward; scores, softmax and dropout are recomputed",
-    Level.CHECKPOINT_BLOCK: "recomputed as a whole from its input",
+    Level.SAVE_INPUT: "the engine; saves its input",
+    Level.CHECKPOINT_ATTENTION: "stock; scores, softmax, dropout recomputed",
+    Level.CHECKPOINT_BLOCK: "stock; recomputed as a whole from its input",
 }
 _HEADS = {
     "exact": "one copy of the logits, bit-identical",
-    "chunked": "never makes the logits; as exact as stock, not bit-identical",
-    "none": "the stock forward: there is no projection onto the vocabulary",
+    "chunked": "never makes the logits; not bit-identical",
+    "none": "the stock forward; there is no vocabulary projection",
 }
 
 
 def explanation(plan: Plan) -> list[tuple[str, str]]:
     """(module, what it runs and, for the stock forward, why) for every module of the plan in forward order."""
     found = []
-    for choice in plan.choices:
-        part = f", in {choice.part}" if choice.part else ""
-        found += [(module, _RUNS[Level(level)] + part) for module, level in choice.levels]
+    for unit, choice in zip(plan.units, plan.choices, strict=True):
+        more = f" in {choice.part}" if choice.part else ""
+        if choice.levels[0][1] == Level.STOCK:
+            more = "; to recompute it would save nothing" if len(unit.choices) == 1 else "; more is not in this budget"
+        found += [(module, _RUNS[Level(level)] + more) for module, level in choice.levels]
     # The loss of other models is replaced when the model is at hand: `Reversible.status` knows.
     return found if plan.context is None else [*found, ("loss head", _HEADS[plan.head.kind])]
 

@@ -117,4 +117,4 @@ def test_plan_explains_what_every_module_runs(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["plan", str(tmp_path), "--explain", "--json", str(tmp_path / "plan.json")])
     assert shown.exit_code == 0, shown.output
     runs = json.loads((tmp_path / "plan.json").read_text())["runs"]
-    assert set(runs.values()) == {"the stock forward: recomputing something in it would save nothing"}
+    assert set(runs.values()) == {"the stock forward; more is not in this budget"}
