@@ -91,9 +91,19 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("budget", ["fast", "max"])
-@pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.parametrize("causal", [False, True], ids=["t5", "llama"])
+def some_quickly(*quick: tuple[str, str, str]) -> Any:
+    """All combinations of a model, a way and a budget, of which those not named are slow."""
+    every = [(model, way, budget) for model in ("t5", "llama") for way in WAYS for budget in ("fast", "max")]
+    return pytest.mark.parametrize(
+        ("causal", "way", "budget"),
+        [
+            pytest.param(one[0] == "llama", *one[1:], id="-".join(one), marks=() if one in quick else pytest.mark.slow)
+            for one in every
+        ],
+    )
+
+
+@some_quickly(("t5", "all", "fast"), ("t5", "resume", "max"), ("llama", "plain", "max"), ("llama", "all", "fast"))
 def test_the_weights_after_five_steps_are_the_stock_ones(causal: bool, way: str, budget: str, tmp_path: Path) -> None:
     stock = llama() if causal else t5()
     ours = copy.deepcopy(stock)
@@ -114,7 +124,7 @@ def test_the_weights_after_five_steps_are_the_stock_ones(causal: bool, way: str,
 
 
 @pytest.mark.parametrize("budget", ["fast", "max"])
-@pytest.mark.parametrize("way", ["plain", "accumulation"])
+@pytest.mark.parametrize("way", [pytest.param("plain", marks=pytest.mark.slow), "accumulation"])
 @pytest.mark.parametrize("causal", [False, True], ids=["t5", "llama"])
 def test_the_step_allocates_what_the_plan_says(causal: bool, way: str, budget: str, tmp_path: Path) -> None:
     """Real tensors, counted as CUDA's allocator would. Under bf16 accelerate adds a float32 copy of the logits."""
