@@ -9,6 +9,7 @@ import random
 import sys
 import weakref
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,19 @@ def patched(forward: Callable[..., Any]) -> Callable[[nn.Module], None]:
 # ------------------------------------------------------------------------------------------- what must be identical
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["t5", "gpt2", "bert"])
+@pytest.mark.parametrize(
+    ("name", "attention", "precision"),
+    [
+        ("t5", "eager", "bf16"),
+        ("gpt2", "sdpa", "fp32"),
+        ("bert", "eager", "fp32"),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in product(("t5", "gpt2", "bert"), ("eager", "sdpa"), ("fp32", "bf16"))
+            if one not in {("t5", "eager", "bf16"), ("gpt2", "sdpa", "fp32"), ("bert", "eager", "fp32")}
+        ),
+    ],
+)
 def test_what_is_bit_identical_passes(name: str, attention: str, precision: str) -> None:
     model = tiny(name, attention)
     for setup in ("fast", "max", "checkpoint"):
@@ -733,7 +744,7 @@ def test_the_command_shows_what_differs_in_80_columns(
     monkeypatch.setattr(tables, "console", lambda: narrow)
     assert status(monkeypatch, str(folder), "--b", "balanced", "--steps", "1") == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Different: stock and balanced, the loss and ")
+    assert lines[0].startswith("Different: stock and balanced, ")  # the loss too, or its gradients alone
     assert max(map(len, lines)) <= 80
     assert lines[-1].startswith("and ")
     assert len(lines) <= 35

@@ -359,7 +359,12 @@ def operators(program: Any) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "budget", "strict"),
-    [("t5", "max", False), ("t5", "fast", True), ("llama", "max", False), ("llama", "fast", True)],
+    [
+        pytest.param("t5", "fast", True, marks=pytest.mark.slow),
+        pytest.param("llama", "max", False, marks=pytest.mark.slow),
+        ("t5", "max", False),
+        ("llama", "fast", True),
+    ],
 )
 def test_an_export_is_the_stock_one(name: str, budget: str, strict: bool, fresh_compiler: None) -> None:
     stock, ours = make(name, 1).eval(), reversible(make(name, 1), budget).eval()
@@ -392,7 +397,10 @@ class _Logits(nn.Module):
         return self.model(**{**self.given, "input_ids": input_ids, "use_cache": False}).logits
 
 
-@pytest.mark.parametrize(("name", "budget"), [("t5", "max"), ("llama", "fast"), ("llama", "max"), ("bert", "fast")])
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [("t5", "max"), ("llama", "fast"), pytest.param("llama", "max", marks=pytest.mark.slow), ("bert", "fast")],
+)
 def test_compiled_models_train_eagerly_and_evaluate_compiled(name: str, budget: str, fresh_compiler: None) -> None:
     """Of a training step nothing is compiled, so that its bits are those of the eager stock model."""
     graphs: list[Any] = []

@@ -48,7 +48,7 @@ def test_blocks_without_known_attention_run_their_stock_forward_and_the_plan_say
     assert {row.action for row in rows(plan)} == {"saved (stock)"}
     assert plan.extra_flops == 0
     ours = installed(model, plan)
-    assert not any("forward" in vars(module) for module in ours.modules())
+    assert [module for module in ours.modules() if "forward" in vars(module)] in ([], [ours])  # see `whole_model`
     batch = batch_of(model, 7)
     # Other kernels may be chosen where memory is, but never another number of saved bytes.
     assert saved_bytes(whole_blocks(model), batch) < 0.8 * saved_bytes(ours, batch)
