@@ -145,7 +145,7 @@ def make_reversible(
     if not verify or not can_be_checked(model):
         return handle
     handle.undo()
-    check = SelfCheck(model, kind, exact=chosen.head.kind != "chunked", cut_tables=engine is t5)
+    check = SelfCheck(model, kind, chosen, cut_tables=engine is t5)
     handle._set_up(engine)
     if found := check.difference(handle.undo):
         raise BwskError(

@@ -20,13 +20,14 @@ from bwsk.architecture import one_line
 from bwsk.errors import BwskError
 from bwsk.example_batch import loss_of
 from bwsk.reversible.patching import Observer, without_hooks
+from bwsk.reversible.plan import Plan
 from bwsk.reversible.verification.random_batch import random_batch
 from bwsk.reversible.verification.random_state import random_state_kept, seed_all
 from bwsk.reversible.verification.tensor_bits import distance, identical, norm
 from bwsk.units import Precision, dtype_of
 
 # Sequences and tokens of the batch: small enough for the weights, not the batch, to decide what it costs.
-_SHAPE = (2, 8, 5)
+_SHAPE = (2, 4, 3)
 # Rows of a token table beyond which only as many are used: the gradients of whole tables would cost more than all else.
 _ROWS = 512
 # What "as exact as stock" means for a loss head that is not bit-identical: relative to the tensor's norm.
@@ -45,14 +46,16 @@ class _Step:
 class SelfCheck:
     """Compares a model's step before and after a change; made before it, `difference` is called after it."""
 
-    def __init__(self, model: nn.Module, precision: Precision, *, exact: bool, cut_tables: bool) -> None:
+    def __init__(self, model: nn.Module, precision: Precision, plan: Plan, *, cut_tables: bool) -> None:
         """Run the stock step.
 
-        `exact`: whether bits are compared, or values to a relative 1e-3. `cut_tables`: whether large token tables are
-        replaced by their first rows while a step runs, which a T5 allows. Those of other models get no gradient
-        meanwhile.
+        Bits are compared, or values to a relative 1e-3 if the plan promises no more. Of blocks that are alike and run
+        alike, the weights of the first get gradients. `cut_tables`: whether large token tables are replaced by their
+        first rows while a step runs, which a T5 allows. Those of other models get no gradient meanwhile.
         """
-        self.model, self.precision, self.exact, self.cut_tables = model, precision, exact, cut_tables
+        self.model, self.precision, self.cut_tables = model, precision, cut_tables
+        self.exact = plan.head.kind != "chunked"
+        self.repeated = _repeated_blocks(model, plan)
         self.inputs, self.stock = self._first_step()
         self.summary = ""  # what was compared, once `difference` has
 
@@ -133,6 +136,7 @@ class SelfCheck:
         with ExitStack() as stack:
             stack.enter_context(_as_in_training(self.model))
             stack.enter_context(_tables(self.model, self.cut_tables))
+            stack.enter_context(_frozen([p for block in self.repeated for p in block.parameters() if p.requires_grad]))
             weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             if observed:
                 for name, module in self.model.named_modules():
@@ -161,6 +165,32 @@ def _autocast(model: nn.Module, precision: Precision) -> torch.autocast:
     return torch.autocast(_device_of(model).type, dtype_of(precision), enabled=precision != "fp32")
 
 
+def _repeated_blocks(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    """The blocks of which an earlier one has the same modules, weights of the same shapes, and the same levels."""
+    seen: set[Any] = set()
+    found = []
+    for unit, choice in zip(plan.units, plan.choices, strict=True):
+        block = model.get_submodule(unit.name)
+        modules, shapes = tuple(map(type, block.modules())), tuple(p.shape for p in block.parameters())
+        kind = (modules, shapes, tuple(level for _, level in choice.levels))
+        if kind in seen:
+            found.append(block)
+        seen.add(kind)
+    return found
+
+
+@contextmanager
+def _frozen(weights: list[nn.Parameter]) -> Iterator[None]:
+    """Weights without gradients for a while."""
+    try:
+        for weight in weights:
+            weight.requires_grad = False
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad = True
+
+
 @contextmanager
 def _tables(model: Any, cut: bool) -> Iterator[None]:
     """Large token tables replaced by their first rows (`cut`), or without a gradient."""
@@ -174,13 +204,8 @@ def _tables(model: Any, cut: bool) -> Iterator[None]:
         and table.weight.requires_grad
     }
     if not cut:
-        for weight in tables.values():
-            weight.requires_grad = False
-        try:
+        with _frozen(list(tables.values())):
             yield
-        finally:
-            for weight in tables.values():
-                weight.requires_grad = True
         return
     short = {key: nn.Parameter(weight.detach()[:rows]) for key, weight in tables.items()}
     places = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None and id(p) in short]
