@@ -49,9 +49,8 @@ class Reversible:
     plan: Plan
     verified: str | None = None  # what the self-check compared; None if it was left out
     fallbacks: Fallbacks = field(default_factory=Fallbacks)
-    _touched: list[nn.Module] = field(default_factory=list)
+    _changed: dict[nn.Module, Any] = field(default_factory=dict)  # module -> its state, by which it is known later
     _uninstall: Callable[[list[nn.Module]], None] | None = None
-    _states: list[Any] = field(default_factory=list)  # of the modules changed, by which they are known later
 
     def __repr__(self) -> str:
         return f"<Reversible {type(self.model).__name__}, {self.plan!r}>"
@@ -63,10 +62,14 @@ class Reversible:
         self.undo()
 
     def _set_up(self, engine: Engine) -> None:
-        self._touched, self._uninstall = engine.install(self.model, self.plan), engine.uninstall
-        self._states = [state_of(module) for module in self._touched]
+        self._uninstall = engine.uninstall
+        self._take(engine.install(self.model, self.plan))
+
+    def _take(self, changed: list[nn.Module]) -> None:
+        """Undo these modules with the handle, and count their stock forwards."""
         names = {id(module): name for name, module in self.model.named_modules()}
-        for module in self._touched:
+        for module in changed:
+            self._changed[module] = state_of(module)
             watch(module, names[id(module)], self.fallbacks)
 
     def rows(self) -> list[PlanRow]:
@@ -84,12 +87,10 @@ class Reversible:
 
         What another `make_reversible` has set up since then stays.
         """
-        pairs = zip(self._touched, self._states, strict=True)
-        mine = [module for module, state in pairs if is_patched(module) and state_of(module) is state]
+        mine = [m for m, state in self._changed.items() if is_patched(m) and state_of(m) is state]
         if self._uninstall is not None:
             self._uninstall(mine)
-        self._touched.clear()
-        self._states.clear()
+        self._changed.clear()
         return self.model
 
 
@@ -152,7 +153,7 @@ def make_reversible(
             f"make_reversible: {found}; this {type(model).__name__} does something that the engine does not know. "
             "Leave make_reversible out, or report it (verify=False skips this check and trains another model)"
         )
-    if not handle._touched:  # undone to see what the stock model itself repeats
+    if not handle._changed:  # undone to see what the stock model itself repeats
         handle._set_up(engine)
     handle.fallbacks.counts.clear()
     handle.verified = check.summary

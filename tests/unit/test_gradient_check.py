@@ -8,7 +8,7 @@ import json
 import random
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,15 @@ def patched(forward: Callable[..., Any]) -> Callable[[nn.Module], None]:
         model.forward = lambda **kwargs: forward(model, **kwargs)
 
     return set_up
+
+
+@pytest.fixture(autouse=True)
+def default_algorithms() -> Iterator[None]:
+    """As in a new process, whatever ran before in this one."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 # ------------------------------------------------------------------------------------------- what must be identical

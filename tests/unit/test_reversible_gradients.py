@@ -52,7 +52,7 @@ def reversible(model: nn.Module, budget: str = "fast"):
                 name: budget if budget == "save_input" or not _is_feed(model, name) else "save_context"
                 for name in names
             }
-        handle._touched.extend(install_levels(model, levels, "exact"))
+        handle._take(install_levels(model, levels, "exact"))
     return handle
 
 
