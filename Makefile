@@ -33,17 +33,20 @@ demo: $(STAMP) ## Run the embedded study end to end and show its results
 	$(BIN)/snakemake --directory demo --cores all --resources gpu=0
 	$(BIN)/bwsk show demo
 
+# A process of tests for each core (at most four), each of one thread (tests/conftest.py); a file's tests stay together.
+PYTEST := python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .PHONY: test
 test: lint ## Lint and all quick tests
-	$(BIN)/python -m pytest -m "not slow and not faults"
+	$(BIN)/$(PYTEST) -m "not slow and not faults"
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## The tests that take minutes each
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/$(PYTEST) -m slow
 
 .PHONY: test-faults
 test-faults: $(STAMP) ## The full fault-injection suite: kills, bad input, determinism (at most 20 minutes)
-	$(BIN)/python -m pytest -m faults tests/faults
+	$(BIN)/$(PYTEST) -m faults tests/faults
 
 # All requirements of pyproject.toml, its extras included, one a line.
 REQUIREMENTS := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
@@ -60,7 +63,7 @@ test-lowest test-newest: test-%:
 	$(PYTHON) -c '$(REQUIREMENTS)' | sed '$(CHANGE)' > .venv-$*/requirements.txt
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -r .venv-$*/requirements.txt
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
-	.venv-$*/bin/python -m pytest -m "not slow and not faults or versions"; status=$$?; .venv-$*/bin/python --version; \
+	.venv-$*/bin/$(PYTEST) -m "not slow and not faults or versions"; status=$$?; .venv-$*/bin/python --version; \
 	  .venv-$*/bin/python -m pip freeze | grep -iE '^(torch|transformers|huggingface.hub|snakemake|dvc)=='; exit $$status
 
 .PHONY: lint

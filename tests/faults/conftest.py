@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,18 +74,3 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Cases:
     return Cases(tmp_path_factory.mktemp("faults"), server)
-
-
-FIGURES: Counter[str] = Counter()
-
-
-@pytest.fixture(scope="session")
-def figures() -> Counter[str]:
-    """What was counted over the session; printed at its end."""
-    return FIGURES
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if FIGURES:
-        counts = ", ".join(f"{count} {what}" for what, count in sorted(FIGURES.items()))
-        terminalreporter.write_line(f"faults: {counts}")
