@@ -322,6 +322,15 @@ def set_loss(model: Any, loss: Callable[..., Any] | None) -> None:
         raise _error("transformers.PreTrainedModel._loss_function", "make_reversible")
 
 
+def enable_checkpointing(model: Any, *, use_reentrant: bool = False) -> None:
+    """transformers' own checkpointing; its method is to be called `activation_checkpointing_enable` from version 6 on.
+
+    Raises what transformers raises for a model without it: ValueError or NotImplementedError.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 @cache
 def cache_argument() -> str:
     """The argument that passes a generation cache: "past_key_values", which transformers 5.24 renamed to "cache"."""

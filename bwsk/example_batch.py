@@ -82,10 +82,13 @@ def label_arguments(model: nn.Module) -> list[str]:
 
 
 def own_loss_of(outputs: Any) -> Tensor | None:
-    """The loss that a model returned, also as the first of a tuple, if any."""
-    if isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0:
-        return outputs[0]
-    loss = getattr(outputs, "loss", None)
+    """The loss that a model returned, if any: by name, or as the first of a tuple."""
+    if isinstance(outputs, Mapping):
+        loss = outputs.get("loss")
+    elif isinstance(outputs, (tuple, list)):
+        loss = next((x for x in outputs[:1] if isinstance(x, Tensor) and x.ndim == 0), None)
+    else:
+        loss = getattr(outputs, "loss", None)
     return loss if isinstance(loss, Tensor) else None
 
 

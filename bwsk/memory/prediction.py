@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from bwsk._compat import enable_checkpointing
 from bwsk.architecture import load_config
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import fake_step, require_one_of, stock_peak
@@ -166,8 +167,7 @@ def largest_batch(model: Any, limit_mib: float, *, maximum: int = 4096, **step: 
 
 def _enable_checkpointing(model: Any) -> None:
     try:
-        # Named activation_checkpointing_enable in newer transformers, which still accept this name with a warning.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     except (ValueError, NotImplementedError) as error:
         raise BwskError(
             f"{type(model).__name__}: transformers cannot checkpoint it ({error}); use another mode"

@@ -505,6 +505,16 @@ def test_a_cache_has_the_name_that_stock_models_give_it() -> None:
     assert _compat.with_cache_argument({"use_cache": True}) == {"use_cache": True}
 
 
+@exercises("enable_checkpointing")
+@pytest.mark.filterwarnings("error")
+def test_checkpointing_is_switched_on_by_the_name_of_this_version() -> None:
+    model = T5ForConditionalGeneration(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    for reentrant in (False, True):
+        _compat.enable_checkpointing(model, use_reentrant=reentrant)
+        assert model.encoder.block[0].gradient_checkpointing
+        assert model.encoder.block[0]._gradient_checkpointing_func.keywords["use_reentrant"] is reentrant
+
+
 @exercises("REPLICATE")
 def test_data_parallel_makes_replicas_by_a_method_of_the_module() -> None:
     layer = nn.Linear(2, 2)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from bwsk._compat import tree_map_only
 from bwsk.architecture import one_line
 from bwsk.errors import BwskError
+from bwsk.example_batch import own_loss_of
 from bwsk.reversible.patching import is_patched
 from bwsk.reversible.verification.float64_reference import Float64Reference
 from bwsk.reversible.verification.gradient_comparison import GradientComparison, GradientRow, SideName
@@ -265,13 +266,8 @@ def what_to_set(device: torch.device) -> str:
 
 
 def loss_in(outputs: Any) -> Tensor | None:
-    """The loss that a model returned: `outputs.loss`, `outputs["loss"]`, the first of a tuple, or the output itself."""
-    if isinstance(outputs, Mapping):
-        outputs = outputs.get("loss")
-    elif isinstance(outputs, (tuple, list)):
-        outputs = next((x for x in outputs[:1] if isinstance(x, Tensor) and x.dim() == 0), None)
-    found = getattr(outputs, "loss", outputs)
-    return found if isinstance(found, Tensor) and found.is_floating_point() else None
+    """The loss that a model returned, which may be all that it returned."""
+    return outputs if isinstance(outputs, Tensor) else own_loss_of(outputs)
 
 
 def shape_of(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Shape | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from bwsk._compat import enable_checkpointing
 from bwsk.errors import BwskError
 from bwsk.reversible.budget import parse_budget
 from bwsk.reversible.handle import make_reversible
@@ -21,9 +21,7 @@ Shape = tuple[int, int, int | None]
 
 def _checkpointed(model: Any, use_reentrant: bool) -> nn.Module:
     try:
-        with warnings.catch_warnings():  # newer transformers warn that they will name it otherwise
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        enable_checkpointing(model, use_reentrant=use_reentrant)
     except (AttributeError, ValueError, NotImplementedError):  # no transformers model, or one without it
         raise BwskError(
             f"checkpoint: {type(model).__name__} has no gradient checkpointing of its own; "
