@@ -47,7 +47,7 @@ def write_study(study: Path) -> None:
     params["corpus"] = {"source": "directory", "path": "data/text"}
     params["tokenizer"] = {"source": "directory", "path": str(DATA / "t5-tokenizer")}
     params["base"] = {"source": "directory", "path": "data/t5-small", "id": "google-t5/t5-small"}
-    # Short blocks: where a processor has no bfloat16 products, those of the published length take an hour.
+    # Short blocks, and float32: some processors have no products in bfloat16, and take minutes a step.
     params["tokens"] |= {"block": 64, "window": 64, "stride": 32}
     params["train"] |= {
         "batch_size": 2,
@@ -55,7 +55,7 @@ def write_study(study: Path) -> None:
         "eval_every": 2,
         "checkpoint_every": 2,
         "log_every": 1,
-        "precision": "bf16",
+        "precision": "fp32",
     }
     params["evaluate"] |= {"max_windows": 4, "batch_size": 4}
     (study / "params.yaml").write_text(yaml.safe_dump(params))
@@ -89,7 +89,7 @@ def test_the_model_repository_is_whole_and_of_full_size(study: Path) -> None:
     assert (study / "results" / "README.md").read_text().startswith("---\n")
 
 
-def test_modes_agree_to_the_bit_under_bfloat16(study: Path) -> None:
+def test_modes_agree_to_the_bit(study: Path) -> None:
     for init in ("finetune", "scratch"):
         trainings = [
             json.loads((study / "results" / f"{init}-{mode}" / "training_results.json").read_text())

@@ -57,9 +57,12 @@ def without_times(results: dict) -> dict:
     return kept
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("init", ["finetune", "scratch"])
-def test_modes_of_an_init_give_the_same_weights_and_curves(study: Path, tmp_path: Path, init: str) -> None:
-    params = write_params(study)
+def test_modes_of_an_init_give_the_same_weights_and_curves(
+    study: Path, tmp_path: Path, init: str, precision: str
+) -> None:
+    params = write_params(study, precision=precision)
     results = {mode: trained(study, params, f"{init}-{mode}", tmp_path) for mode in params.variants.modes}
     hashes = {sha256_file(tmp_path / f"{init}-{mode}" / "model.safetensors") for mode in results}
     assert len(hashes) == 1
