@@ -22,6 +22,7 @@ from bwsk._compat import GradientCheckpointingLayer, from_config
 from bwsk.reversible import checkpointed as general
 from bwsk.reversible.plan import Choice, Level, Plan
 from bwsk.reversible.report import rows
+from tests.unit.test_reversible_sweep import draws_for_nothing
 
 SHAPE = {"batch": 3, "input_length": 12, "target_length": 7}
 
@@ -64,6 +65,8 @@ def test_a_model_of_both_kinds_of_blocks_has_both_kinds_of_rows() -> None:
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPTNeoForCausalLM", "BigBirdPegasusForConditionalGeneration"])
 def test_every_choice_of_a_block_saves_less_than_the_one_before(name: str) -> None:
+    if draws_for_nothing(name):
+        pytest.skip("this release of transformers draws random numbers in it, which is refused")
     units = plan_of(small_model(name), "fast").units
     assert any(len(unit.choices) > 1 for unit in units)
     for unit in units:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from bench.coverage import Outcome, classes, document, outcome_of, sweep, versions
 
@@ -27,9 +30,19 @@ QUICK = [
 ]
 
 
+def draws_for_nothing(name: str) -> bool:
+    """Whether a class draws random numbers for dropping layers even at a rate of 0, as before transformers 5.23."""
+    source = inspect.getsource(sys.modules[getattr(transformers, name).__module__])
+    return re.search(r"if self\.training:\s+dropout_probability = torch\.rand", source) is not None
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_a_class_trains_with_the_stock_bits(name: str) -> None:
     found = outcome_of(name)
+    if draws_for_nothing(name):
+        assert found.result == "refused"
+        assert "layers dropped at random" in found.detail
+        return
     assert (found.result, found.detail.replace("sdpa", "")) == ("compared", "")
     assert found.saved[1] < 0.7
 
