@@ -84,6 +84,7 @@ _OBJECTS = {
         "transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES",
         "reading a config.json",
     ),
+    "LabelSmoother": ("transformers.trainer_pt_utils.LabelSmoother", "plans for a Trainer with label smoothing"),
     "masking_utils": ("transformers.masking_utils", "train.backend: graph"),
     "create_causal_mask": ("transformers.masking_utils.create_causal_mask", "the training step of a study"),
     "output_capturing": (_COLLECTING, "make_reversible, to tell transformers' own hooks"),

@@ -34,6 +34,7 @@ from bwsk.errors import BwskError
 from bwsk.example_batch import example_batch, label_arguments, loss_of, own_loss_of
 from bwsk.memory.allocation_log import Log, Tracker
 from bwsk.memory.cuda_rules import cuda_rules
+from bwsk.memory.training_loop import PLAIN, TrainingLoop
 from bwsk.units import MIB, Precision, dtype_of, to_precision
 
 # Limit on the attention scores of one head in a step; heads and bytes then stay below the largest size of a tensor.
@@ -98,11 +99,13 @@ def fake_step(
     precision: str,
     attention: str = "eager",
     prepare: Callable[[nn.Module, int | None], Any] | None = None,
+    loop: TrainingLoop = PLAIN,
 ) -> FakeStep:
     """Run one training step of a model or config; a model is not changed.
 
     `target_length` defaults to `input_length` and is used for encoder-decoder models only. `prepare` gets the new model
-    and the target length that is used (or None), and may change how its step runs. Raises `BwskError` for invalid
+    and the target length that is used (or None), and may change how its step runs. `loop`: what the code around the
+    model adds. Raises `BwskError` for invalid
     arguments and unsupported models.
     """
     require_shape(batch, input_length, target_length)
@@ -121,7 +124,7 @@ def fake_step(
             weights = {tracker.adopt(p) for p in fake.parameters()}
             held = {tracker.adopt(s) for s in states}
             tracker.mark("forward")
-            loss = step_loss(fake, inputs, kind)
+            loss = step_loss(fake, inputs, kind, loop)
             tracker.mark("backward")
             torch.autograd.backward(loss)
             del loss
@@ -151,12 +154,19 @@ def require_one_of(name: str, value: Any, allowed: Any) -> None:
         raise BwskError(f"{name}: found {value!r}, must be one of {', '.join(allowed)}")
 
 
-def stock_peak(model: Any, shape: tuple[int, int, int | None], precision: str, attention: str = "eager") -> float:
+def stock_peak(
+    model: Any,
+    shape: tuple[int, int, int | None],
+    precision: str,
+    attention: str = "eager",
+    loop: TrainingLoop = PLAIN,
+) -> float:
     """Peak of a stock step with AdamW foreach, in bytes, rounded to 0.01 MiB as in `predict_memory`.
 
     `shape` is (batch, input tokens, target tokens).
     """
-    return round(max(fake_step(model, *shape, precision, attention).summary("foreach")[0].values()), 2) * MIB
+    phases, _ = fake_step(model, *shape, precision, attention, loop=loop).summary("foreach")
+    return round(max(phases.values()), 2) * MIB
 
 
 @contextmanager
@@ -232,23 +242,29 @@ def _materialise(model: nn.Module, dtype: torch.dtype | None) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def step_loss(model: nn.Module, inputs: dict[str, Any], precision: Precision) -> Tensor:
-    """The model's own loss, or for a model without a head (that takes no labels) the mean of its first output.
+def step_loss(model: nn.Module, inputs: dict[str, Any], precision: Precision, loop: TrainingLoop = PLAIN) -> Tensor:
+    """The loss of a step: the model's own or the loop's, for a model without a head the mean of its first output.
 
     Raises `BwskError` if the model does not accept these inputs, such as their lengths or kind of labels, computes no
     loss from them though it takes labels, or returns nothing to take a gradient of.
     """
-    with torch.autocast("cpu", dtype=dtype_of(precision), enabled=precision != "fp32"):
-        try:
+    inputs = dict(inputs)
+    labels = loop.take_labels(model, inputs)
+    try:
+        with torch.autocast("cpu", dtype=dtype_of(precision), enabled=precision != "fp32"):
             outputs = model(**inputs)
-        except (BwskError, DataDependentOutputException, DynamicOutputShapeException):
-            raise
-        except Exception as error:  # models refuse inputs in as many ways as there are models
-            raise BwskError(
-                f"{type(model).__name__}: its training step does not run on {_shapes(inputs)}: {one_line(error)}"
-            ) from error
-        loss = loss_of(outputs)
-    if own_loss_of(outputs) is None and (wanted := label_arguments(model)):
+            if labels is None:
+                loss = loss_of(outputs)
+        outputs = loop.received(outputs)
+        if labels is not None:
+            loss = loop.loss(model, outputs, labels)
+    except (BwskError, DataDependentOutputException, DynamicOutputShapeException):
+        raise
+    except Exception as error:  # models refuse inputs in as many ways as there are models
+        raise BwskError(
+            f"{type(model).__name__}: its training step does not run on {_shapes(inputs)}: {one_line(error)}"
+        ) from error
+    if labels is None and own_loss_of(outputs) is None and (wanted := label_arguments(model)):
         more = [name for name in wanted if name not in inputs]
         raise BwskError(
             f"{type(model).__name__}: computes no loss from {_shapes(inputs)}"

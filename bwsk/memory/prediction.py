@@ -19,7 +19,8 @@ from bwsk._compat import enable_checkpointing
 from bwsk.architecture import load_config
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import fake_step, require_one_of, stock_peak
-from bwsk.units import MIB, to_precision
+from bwsk.memory.training_loop import TrainingLoop, precision_in
+from bwsk.units import MIB
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,24 @@ def predict_memory(
     input_length: int = 256,
     target_length: int | None = None,
     mode: str = "conventional",
-    precision: str = "fp32",
+    precision: str | None = None,
     budget: Any = None,
     optimizer: str | None = None,
     attention: str = "eager",
+    training_args: Any = None,
 ) -> Prediction:
     """Predict the peak memory of one training step of a Hugging Face model.
 
     `model`: a model (which is not changed), a config, a Hub id, a directory or a `config.json`. Lengths are in tokens
     (the size of images is the config's); `target_length` defaults to `input_length` and is used for encoder-decoder
-    models only. `mode`: "conventional", "checkpoint" or "reversible". `precision`: "fp32", or float32 weights under
-    autocast "bf16" or "fp16". `budget`: as for `make_reversible`, in mode "reversible" only. `optimizer`: AdamW
-    "fused", "foreach" or "loop"; the default is PyTorch's own on CUDA (foreach), and fused in mode "reversible".
-    `attention`: "eager" or "sdpa". Raises `BwskError` for invalid arguments and unsupported models.
+    models only. `mode`: "conventional", "checkpoint" or "reversible". `precision`: "fp32", the default, or float32
+    weights under autocast "bf16" or "fp16". `budget`: as for `make_reversible`, in mode "reversible" only.
+    `optimizer`: AdamW "fused", "foreach" or "loop"; the default is PyTorch's own on CUDA (foreach), and fused in mode
+    "reversible". `attention`: "eager" or "sdpa". `training_args`: the arguments of a Trainer, for a step of it. Raises
+    `BwskError` for invalid arguments and unsupported models.
     """
     model = model if isinstance(model, nn.Module) else load_config(model)
-    precision = to_precision(precision)
+    precision, loop = precision_in(training_args, precision), TrainingLoop.of(training_args)
     require_one_of("mode", mode, ("conventional", "checkpoint", "reversible"))
     if optimizer is not None:
         require_one_of("optimizer", optimizer, ("fused", "foreach", "loop"))
@@ -85,7 +88,7 @@ def predict_memory(
     step = (model, batch, input_length, target_length, precision, attention)
     if isinstance(budget, float) and 0.0 < budget <= 1.0:
         # As a size: `make_reversible` could not measure the stock peak inside the fake step.
-        budget = f"{budget * stock_peak(model, step[1:4], precision, attention) / MIB:.3f}MiB"
+        budget = f"{budget * stock_peak(model, step[1:4], precision, attention, loop) / MIB:.3f}MiB"
 
     def prepare(fake: nn.Module, targets: int | None) -> None:
         if mode == "checkpoint":
@@ -100,10 +103,11 @@ def predict_memory(
                 input_length=input_length,
                 target_length=targets,
                 precision=precision,
+                training_args=training_args,
                 verify=False,  # there are no values to compare
             )
 
-    run = fake_step(*step, prepare)
+    run = fake_step(*step, prepare, loop)
     phases, kinds = run.summary(optimizer)
     return Prediction(
         peak_mib=round(max(phases.values()), 2),

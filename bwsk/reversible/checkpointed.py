@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ from bwsk.errors import BwskError
 from bwsk.example_batch import example_batch
 from bwsk.memory.allocation_log import Tracker
 from bwsk.memory.fake_step import faked, step_loss, stock_peak
+from bwsk.memory.training_loop import PLAIN, TrainingLoop
 from bwsk.reversible.budget import parse_budget
 from bwsk.reversible.cross_entropy import cross_entropy
 from bwsk.reversible.entry import OwnStates, at_entry
@@ -353,6 +354,7 @@ class _Measured:
     blocks: list[_Block]
     idle: list[str]  # blocks that do not run in this step, or whose output no gradient reaches
     flops: int
+    between: int  # saved before, between and beside the blocks: embeddings, masks
     head_saved: int
     head_peak: int
     head_gradient: int
@@ -400,7 +402,7 @@ class _Moments:
 
 
 def _measure(
-    model: Any, shape: tuple[int, int, int | None], precision: Precision, level: str, attention: str
+    model: Any, shape: tuple[int, int, int | None], precision: Precision, level: str, attention: str, loop: TrainingLoop
 ) -> _Measured:
     """Run one step with every block at `level` and read off its blocks."""
     with faked(model, attention) as model:
@@ -415,7 +417,8 @@ def _measure(
             for parameter in model.parameters():
                 tracker.adopt(parameter)
             weights = sum(tracker.log.sizes.values())
-            loss = step_loss(model, inputs, precision)
+            start = moments.now()
+            loss = step_loss(model, inputs, precision, loop)
             begin, forward = moments.now(), tracker.flops
             torch.autograd.backward(loss)
             del loss
@@ -424,8 +427,15 @@ def _measure(
             sum(p.numel() * p.element_size() for p in unit.parameters() if p.grad is not None) for unit in units
         ]
         whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.grad is not None)
+    log = tracker.log
+
+    def kept(first: int, last: int) -> int:
+        """Bytes allocated between two moments that live on into the backward."""
+        lasting = [n for n, at in log.born.items() if first <= at < last and log.died.get(n, begin) >= begin]
+        return sum(log.sizes[n] for n in lasting)
+
     timeline = [0]
-    for _, size in tracker.log.events:
+    for _, size in log.events:
         timeline.append(timeline[-1] + size)
     order = sorted(moments.back.keys() & moments.runs.keys(), key=lambda index: moments.runs[index][0])
     if not order:
@@ -439,7 +449,7 @@ def _measure(
         measured.append(
             _Block(
                 names[index],
-                saved=sum(timeline[leave] - timeline[enter] for enter, leave in moments.runs[index]),
+                saved=sum(kept(enter, leave) for enter, leave in moments.runs[index]),
                 work=max(0, max(timeline[reached : end + 1]) - timeline[reached]),
                 gradients=gradients[index],
                 forward=moments.forward[index],
@@ -452,8 +462,9 @@ def _measure(
         measured,
         idle=[name for index, name in enumerate(names) if index not in order],
         flops=tracker.flops,
-        head_saved=timeline[begin] - timeline[left],
-        head_peak=max(timeline[begin : end + 1]) - timeline[begin],
+        between=kept(start, left) - sum(block.saved for block in measured),
+        head_saved=kept(left, begin),
+        head_peak=max(timeline[left : end + 1]) - timeline[begin],  # the loop's own loss may need most in its forward
         head_gradient=max(0, timeline[end] - timeline[left]),
         head_forward=forward - flops,
         resting=weights,
@@ -462,7 +473,9 @@ def _measure(
     )
 
 
-def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: Precision = "fp32") -> Plan:
+def plan(
+    model: Any, budget: Any, shape: tuple[int, int, int], precision: Precision = "fp32", loop: TrainingLoop = PLAIN
+) -> Plan:
     """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
     if isinstance(model, nn.Module):
         blocks(model)  # so that hooks are refused, which the copy on fake tensors does not have
@@ -472,12 +485,14 @@ def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: Precis
     batch, ins, outs = shape
     seq2seq = bool(getattr(config, "is_encoder_decoder", False))
     lengths = (batch, ins, outs if seq2seq else None)
-    asked = parse_budget(budget, lambda: stock_peak(model, lengths, precision, attention))
-    found = {level: _measure(model, lengths, precision, level, attention) for level in _LEVELS}
+    asked = parse_budget(budget, lambda: stock_peak(model, lengths, precision, attention, loop))
+    found = {level: _measure(model, lengths, precision, level, attention, loop) for level in _LEVELS}
     core = found[Level.CHECKPOINT_ATTENTION]
     head = Head("exact", core.head_saved, core.head_peak, core.head_gradient, core.head_forward)
-    base = core.resting + 2 * core.trained + max(0, core.outer - core.head_gradient) // 2
+    base = core.resting + 2 * core.trained + core.between
+    # Gradients of weights outside the blocks and the head, such as the token table's, come after those of all blocks.
     units = _units(found)
+    units[0] = replace(units[0], gradients=units[0].gradients + max(0, core.outer - core.head_gradient))
     found_plan = Plan(asked, units, [0] * len(units), head, base, "bit-identical (stock graph, regions recomputed)")
     return require_within_budget(solve(found_plan, asked.cap, asked.flops), core.resting + 3 * core.trained)
 

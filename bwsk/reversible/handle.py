@@ -12,6 +12,7 @@ from bwsk._compat import inside_compiled
 from bwsk.architecture import load_config
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import require_shape
+from bwsk.memory.training_loop import PLAIN, TrainingLoop, precision_in
 from bwsk.reversible import checkpointed
 from bwsk.reversible.budget import NAMED
 from bwsk.reversible.patching import is_patched, patched_modules, state_of
@@ -31,8 +32,15 @@ DEFAULT_SHAPE = (4, 256, 256)
 class Engine(Protocol):
     """What the module of an engine has: planning, setting up a plan, and removing it."""
 
-    def plan(self, model: Any, budget: Any, shape: tuple[int, int, int], precision: Precision = ...) -> Plan:
-        """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
+    def plan(
+        self,
+        model: Any,
+        budget: Any,
+        shape: tuple[int, int, int],
+        precision: Precision = ...,
+        loop: TrainingLoop = ...,
+    ) -> Plan:
+        """The plan for a model or config in a loop: `shape` is (batch, input tokens, target tokens)."""
 
     def install(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
         """Set up a plan; returns the modules changed."""
@@ -113,7 +121,8 @@ def make_reversible(
     batch: int | None = None,
     input_length: int | None = None,
     target_length: int | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
+    training_args: Any = None,
     verify: bool = True,
 ) -> Reversible:
     """Selective activation recomputation for a stock Hugging Face model, in place, with bit-identical gradients.
@@ -127,7 +136,9 @@ def make_reversible(
     - a size such as "900 MiB" or "8 GB", or a fraction of the stock step's peak such as 0.6: the fewest FLOPs found
       that stay within it. This needs the shape of a batch: `batch`, `input_length` and `target_length` (tokens).
 
-    `precision`: "fp32", "bf16" or "fp16" (autocast), which the sizes of the plan depend on. `verify`: run one tiny
+    `precision`: "fp32", "bf16" or "fp16" (autocast), which the sizes of the plan depend on. `training_args`: the
+    `TrainingArguments` of a Trainer, for a plan with what it adds to a step; batch and precision, if not given, are
+    taken from it. `verify`: run one tiny
     batch through the stock model and through the engine, compare loss and gradients bit by bit (under "balanced" to a
     relative 1e-3), and refuse the model if they differ. That takes two small steps and, for as long as it runs, memory
     for two copies of the gradients. On CUDA bits are promised under `torch.use_deterministic_algorithms(True)` only,
@@ -137,10 +148,10 @@ def make_reversible(
     supported, the budget cannot be met, or the self-check finds a difference.
     """
     _check_model(model)
-    shape = _shape(budget, batch, input_length, target_length)
-    kind = to_precision(precision)
+    kind = precision_in(training_args, precision)
+    shape = _shape(budget, batch, input_length, target_length, training_args)
     engine = engine_for(model)
-    chosen = engine.plan(model, budget, shape, kind)
+    chosen = engine.plan(model, budget, shape, kind, TrainingLoop.of(training_args))
     handle = Reversible(model, chosen)
     handle._set_up(engine)
     if not verify or not can_be_checked(model):
@@ -182,11 +193,15 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _shape(budget: Any, batch: int | None, input_length: int | None, target_length: int | None) -> tuple[int, int, int]:
-    """(batch, input tokens, target tokens), as given or the default one."""
-    if batch is None and input_length is None and target_length is None:
+def _shape(
+    budget: Any, batch: int | None, input_length: int | None, target_length: int | None, training_args: Any
+) -> tuple[int, int, int]:
+    """(batch, input tokens, target tokens), as given, the batch of a Trainer, or the default ones."""
+    if batch is None and training_args is not None:
+        batch = training_args.per_device_train_batch_size
+    if (batch is None or training_args is not None) and input_length is None and target_length is None:
         if isinstance(budget, str) and budget in NAMED:
-            return DEFAULT_SHAPE
+            return batch or DEFAULT_SHAPE[0], *DEFAULT_SHAPE[1:]
         raise BwskError(
             f"budget {budget!r}: how much fits depends on the batch; give batch=, input_length= (and target_length=)"
         )
@@ -203,7 +218,8 @@ def plan(
     batch: int = 4,
     input_length: int = 256,
     target_length: int | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
+    training_args: Any = None,
 ) -> Plan:
     """What `make_reversible` would do, without a model in memory.
 
@@ -211,13 +227,16 @@ def plan(
     `make_reversible`. Raises `BwskError` for a model or a budget that it would refuse.
     """
     model = model if isinstance(model, nn.Module) else load_config(model)
-    return plan_of(model, budget, (batch, input_length, target_length or input_length), precision)
+    precision, loop = precision_in(training_args, precision), TrainingLoop.of(training_args)
+    return plan_of(model, budget, (batch, input_length, target_length or input_length), precision, loop)
 
 
-def plan_of(model: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32") -> Plan:
-    """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
+def plan_of(
+    model: Any, budget: Any, shape: tuple[int, int, int], precision: str = "fp32", loop: TrainingLoop = PLAIN
+) -> Plan:
+    """The plan for a model or config in a loop: `shape` is (batch, input tokens, target tokens)."""
     require_shape(*shape)
-    return engine_for(model).plan(model, budget, shape, to_precision(precision))
+    return engine_for(model).plan(model, budget, shape, to_precision(precision), loop)
 
 
 def curve_of(config: Any, shape: tuple[int, int, int], precision: str = "fp32", points: int = 12) -> list[Plan]:

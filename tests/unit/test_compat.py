@@ -534,6 +534,16 @@ def test_the_mask_of_a_decoder_without_padding_is_the_causal_one() -> None:
     assert torch.equal(mask[0, 0] == 0, torch.ones(5, 5).tril().bool())
 
 
+@exercises("LabelSmoother")
+def test_the_trainers_smoothed_loss_is_cross_entropys() -> None:
+    logits, labels = torch.randn(2, 5, 7), torch.tensor([[1, 2, 3, -100, 4], [0, 0, 6, 5, -100]])
+    for shifts in (False, True):
+        scores, ids = (logits[:, :-1], labels[:, 1:]) if shifts else (logits, labels)
+        wanted = nn.functional.cross_entropy(scores.flatten(0, 1), ids.flatten(), label_smoothing=0.2)
+        found = _compat.LabelSmoother(0.2)({"logits": logits}, labels, shift_labels=shifts)
+        torch.testing.assert_close(found, wanted)
+
+
 @exercises("masking_utils")
 def test_masks_are_left_out_by_what_this_module_calls_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask of ones is left out in an ordinary step, but not while transformers believes that it is being traced."""

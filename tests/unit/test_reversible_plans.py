@@ -190,7 +190,7 @@ def test_attention_functions_of_other_names_and_files_are_followed(later: bool) 
 def test_layers_dropped_at_random_by_numpy_are_refused() -> None:
     """Numbers of NumPy are drawn on fake tensors too, so that another set of blocks may run each time."""
     measured = {
-        level: general._Measured([], [], 0, 0, 0, 0, 0, 0, 0, 0) for level in (Level.STOCK, Level.CHECKPOINT_BLOCK)
+        level: general._Measured([], [], 0, 0, 0, 0, 0, 0, 0, 0, 0) for level in (Level.STOCK, Level.CHECKPOINT_BLOCK)
     }
     measured[Level.STOCK].blocks.append(general._Block("block.0", 1, 1, 1, 1, ""))
     with pytest.raises(BwskError, match="dropped at random"):

@@ -20,9 +20,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from bwsk import make_reversible
+from bwsk import BwskError, make_reversible, plan, predict_memory
 from bwsk.memory.allocation_log import Tracker
 from bwsk.memory.cuda_rules import cuda_rules
+from bwsk.reversible.patching import is_patched
 from bwsk.units import MIB
 
 T5_SHAPE = {"batch": 4, "input_length": 24, "target_length": 16}
@@ -55,11 +56,11 @@ def examples(causal: bool, length: int = 24, target: int = 16, count: int = 40) 
 def trained(model: Any, folder: Path, *, causal: bool, resume: bool = False, **options: Any) -> dict[str, Tensor]:
     """The weights after five steps by Trainer; with `resume`, of which the last two follow a new start."""
     begun = resume and folder.exists()
-    kind, settings = (Trainer, TrainingArguments) if causal else (Seq2SeqTrainer, Seq2SeqTrainingArguments)
+    kind, given = (Trainer, TrainingArguments) if causal else (Seq2SeqTrainer, Seq2SeqTrainingArguments)
     options = {"save_strategy": "no", **options}
     if resume:
         options |= {"save_strategy": "steps", "save_steps": 3}
-    arguments = settings(
+    arguments = given(
         str(folder), max_steps=5, per_device_train_batch_size=4, learning_rate=1e-2, seed=3, report_to=[], use_cpu=True,
         disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False, **options,
     )  # fmt: skip
@@ -123,16 +124,17 @@ def test_the_weights_after_five_steps_are_the_stock_ones(causal: bool, way: str,
     assert [row for row in handle.status() if row.stock_forwards] == []
 
 
-@pytest.mark.parametrize("budget", ["fast", "max"])
-@pytest.mark.parametrize("way", [pytest.param("plain", marks=pytest.mark.slow), "accumulation"])
-@pytest.mark.parametrize("causal", [False, True], ids=["t5", "llama"])
-def test_the_step_allocates_what_the_plan_says(causal: bool, way: str, budget: str, tmp_path: Path) -> None:
-    """Real tensors, counted as CUDA's allocator would. Under bf16 accelerate adds a float32 copy of the logits."""
-    sizes = {"num_layers": 4, "d_kv": 32, "num_heads": 8}
-    model = llama(128, vocab_size=2048) if causal else t5(256, vocab_size=8192, **sizes)
-    model.set_attn_implementation("eager")
-    shape = {"batch": 4, "input_length": 128} | ({} if causal else {"target_length": 96})
-    handle = make_reversible(model, budget, **shape)
+def settings(folder: Path, way: str = "plain", *, causal: bool = True, **more: Any) -> Any:
+    """The arguments of a Trainer that takes one step on the CPU."""
+    options = {key: value for key, value in WAYS[way].items() if key != "resume"} | more
+    return (TrainingArguments if causal else Seq2SeqTrainingArguments)(
+        str(folder), max_steps=1, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+
+
+def peak_of_a_step(model: Any, arguments: Any, causal: bool) -> float:
+    """The peak of a Trainer's step in MiB: real tensors, counted as CUDA's allocator would."""
     peaks: list[float] = []
 
     class Measured(Trainer if causal else Seq2SeqTrainer):  # type: ignore[misc]
@@ -150,11 +152,62 @@ def test_the_step_allocates_what_the_plan_says(causal: bool, way: str, budget: s
                 peaks.append(total / MIB)
             return loss
 
-    settings = TrainingArguments if causal else Seq2SeqTrainingArguments
-    arguments = settings(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
-        save_strategy="no", dataloader_pin_memory=False, **WAYS[way],
-    )  # fmt: skip
     collator = {} if causal else {"data_collator": Pairs(model)}
     Measured(model=model, args=arguments, train_dataset=examples(causal, 128, 96, 8), **collator).train()
-    assert max(peaks) == pytest.approx(handle.plan.peak_mib, rel=0.02)
+    return max(peaks)
+
+
+def larger(causal: bool) -> Any:
+    """A model whose activations count beside its weights."""
+    sizes = {"num_layers": 4, "d_kv": 32, "num_heads": 8}
+    model = llama(256, vocab_size=4096) if causal else t5(256, vocab_size=8192, **sizes)
+    model.set_attn_implementation("eager")
+    return model
+
+
+LONG = {False: {"batch": 4, "input_length": 128, "target_length": 96}, True: {"batch": 4, "input_length": 128}}
+
+
+@some_quickly(("t5", "accumulation", "max"), ("t5", "all", "fast"), ("llama", "all", "max"), ("llama", "bf16", "fast"))
+def test_the_step_allocates_what_the_plan_says(causal: bool, way: str, budget: str, tmp_path: Path) -> None:
+    model, arguments = larger(causal), settings(tmp_path, way, causal=causal)
+    handle = make_reversible(model, budget, training_args=arguments, **LONG[causal])
+    assert peak_of_a_step(model, arguments, causal) == pytest.approx(handle.plan.peak_mib, rel=0.02)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["t5", "llama"])
+def test_the_stock_step_of_a_trainer_is_predicted(causal: bool, tmp_path: Path) -> None:
+    model, arguments = larger(causal), settings(tmp_path, "all", causal=causal)
+    predicted = predict_memory(model, training_args=arguments, optimizer="fused", **LONG[causal])
+    assert predicted.precision == "bf16"
+    measured = peak_of_a_step(model, arguments, causal)
+    assert measured == pytest.approx(predicted.peak_mib, rel=0.02)
+    plain = predict_memory(model, precision="bf16", optimizer="fused", **LONG[causal])
+    assert plain.peak_mib < 0.98 * measured
+
+
+def test_batch_and_precision_come_from_the_trainers_arguments(tmp_path: Path) -> None:
+    arguments = settings(tmp_path, "bf16")
+    ours = plan(llama(), training_args=arguments, input_length=24)
+    other = plan(llama(), precision="bf16", batch=4, input_length=24, training_args=arguments)
+    assert ours.to_dict() == other.to_dict()
+    assert make_reversible(llama(), training_args=arguments).plan.peak > ours.peak  # planned for 256 tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"training_args": {"bf16": True}}, "training_args: found dict; give transformers.TrainingArguments"),
+        ({"precision": "fp16"}, "precision: found 'fp16', but the Trainer's arguments say bf16; give one of them"),
+        ({"gradient_checkpointing": True}, "training_args: gradient_checkpointing is on.*leave it off"),
+        ({"budget": "40MiB"}, "budget '40MiB': how much fits depends on the batch"),
+    ],
+    ids=["type", "precision", "checkpointing", "lengths"],
+)
+def test_arguments_that_do_not_go_together_are_one_line(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    more = {name: options.pop(name) for name in list(options) if name == "gradient_checkpointing"}
+    model = llama()
+    with pytest.raises(BwskError, match=message) as error:
+        make_reversible(model, **({"training_args": settings(tmp_path, "bf16", **more)} | options))
+    assert "\n" not in str(error.value)
+    assert not any(is_patched(module) for module in model.modules())

@@ -15,6 +15,7 @@ from bwsk._compat import T5_STACKS
 from bwsk.architecture import model_class
 from bwsk.errors import BwskError
 from bwsk.memory.fake_step import stock_peak
+from bwsk.memory.training_loop import PLAIN, TrainingLoop
 from bwsk.reversible.budget import parse_budget
 from bwsk.reversible.patching import Owner, hooked, patch_forward, require_stock_forward, unpatch, whole_model
 from bwsk.reversible.plan import Level, Plan, require_within_budget, solve
@@ -31,6 +32,7 @@ from bwsk.reversible.t5.forwards import (
     projection,
     self_attention,
 )
+from bwsk.reversible.t5.loop_head import in_loop
 from bwsk.reversible.t5.policy import Part, Policy, parts_of
 from bwsk.reversible.t5.tied_embedding import TiedTable
 from bwsk.units import Precision
@@ -169,7 +171,9 @@ def _feed_forward_policy(name: str, layer: Any, level: str) -> Policy:
     return Policy(level, parts, facts=facts)
 
 
-def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: Precision = "fp32") -> Plan:
+def plan(
+    model: Any, budget: Any, shape: tuple[int, int, int], precision: Precision = "fp32", loop: TrainingLoop = PLAIN
+) -> Plan:
     """The plan for a model or config: `shape` is (batch, input tokens, target tokens)."""
     config = getattr(model, "config", model)
     sizes = costs.Shape(*shape, element=4 if precision == "fp32" else 2)
@@ -184,8 +188,9 @@ def plan(model: Any, budget: Any, shape: tuple[int, int, int], precision: Precis
         weights, trained = _bytes(model, trained=False), _bytes(model)
     base = weights + 2 * trained
 
-    asked = parse_budget(budget, lambda: stock_peak(model, shape, precision))
-    head = costs.head(config, sizes, asked.head if precision == "fp32" else "exact", parts)
+    asked = parse_budget(budget, lambda: stock_peak(model, shape, precision, loop=loop))
+    kind = asked.head if precision == "fp32" and not loop.label_smoothing else "exact"
+    head = in_loop(costs.head(config, sizes, kind, parts), config, sizes, precision, loop)
     units = costs.units(config, sizes, parts)
     if isinstance(model, nn.Module):
         blocks = [model.get_submodule(unit.name) for unit in units]
