@@ -45,7 +45,7 @@ class TrainingLoop:
         if not self.label_smoothing or "labels" not in inputs:
             return None
         labels: Tensor = inputs.pop("labels")
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and labels.dim() > 1:
             inputs.setdefault("decoder_input_ids", torch.zeros_like(labels))
         return labels
 
