@@ -65,6 +65,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # where numbers of 8 will not do
     "Emu3VQVAEGroupNorm": {"num_groups": 2, "num_channels": 8},
     "Emu3VQVAESpatialNorm": {"in_channels": 32, "out_channels": 32},
     "Gemma3nAudioCumulativeGroupNorm": {"feature_dims": (3,)},
+    "OmniASRLayerNormConvLayer": {"layer_id": 1},
     "SwinRelativePositionBias": {"window_size": (3, 3)},
 }
 NAMED = re.compile(r"Norm(?!alEstimation)|Position|Rotary")
