@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # The oldest and the newest version in which every name of this file was seen.
-SEEN = {"torch": ("2.11", "2.13"), "transformers": ("5.17", "5.23")}
+SEEN = {"torch": ("2.11", "2.14"), "transformers": ("5.17", "5.24")}
 
 _COLLECTING = "transformers.utils.output_capturing"
 # Name -> (where it is, what needs it).

@@ -632,7 +632,7 @@ def test_what_a_version_lacks_is_told_in_one_line_by_what_needs_it() -> None:
         _compat.shift_right(model)
     assert str(caught.value) == (
         f"transformers {transformers.__version__}: has no transformers.T5ForConditionalGeneration._shift_right, "
-        "needed by make_reversible; install a transformers from 5.17 to 5.23"
+        "needed by make_reversible; install a transformers from 5.17 to 5.24"
     )
     with without(sys.modules["torch.utils._pytree"], "tree_iter"):
         _compat.__dict__.pop("tree_iter", None)
