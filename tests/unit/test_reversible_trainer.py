@@ -172,7 +172,9 @@ LONG = {False: {"batch": 4, "input_length": 128, "target_length": 96}, True: {"b
 def test_the_step_allocates_what_the_plan_says(causal: bool, way: str, budget: str, tmp_path: Path) -> None:
     model, arguments = larger(causal), settings(tmp_path, way, causal=causal)
     handle = make_reversible(model, budget, training_args=arguments, **LONG[causal])
-    assert peak_of_a_step(model, arguments, causal) == pytest.approx(handle.plan.peak_mib, rel=0.02)
+    # What the T5 engine saves is counted by hand, that of other models is measured.
+    close = 0.005 if causal else 0.02
+    assert peak_of_a_step(model, arguments, causal) == pytest.approx(handle.plan.peak_mib, rel=close)
 
 
 def test_the_stock_step_of_a_trainer_is_predicted(tmp_path: Path) -> None:
